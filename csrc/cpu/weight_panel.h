@@ -1,0 +1,71 @@
+// Blocks of the weight as float32 panels of kTileColumns columns, for the register tile of tile.h.
+//
+//   forward_panel    panel[k][n]: the rows' columns side by side     backward_panel    panel[n][k]: as the weight lies
+#pragma once
+
+#include "codes.h"
+#include "row_words.h"
+#include "tile.h"
+
+namespace prequant::PREQUANT_LEVEL {
+
+// panel[(k - begin) * kTileColumns + i] = weight (n + i, k), 0 for i >= rows. `codes` is scratch of count bytes.
+inline void forward_panel(const Weight& weight, int64_t n, int64_t rows, int64_t begin, int64_t count, float* panel, uint8_t* codes) {
+#if PREQUANT_AVX512
+    const int per_word = 32 / weight.container;
+    if (begin % per_word == 0) {
+        // Value i of 16 rows at a time: a shift, a mask, and the arithmetic of `dequantize`.
+        const __m512i mask = _mm512_set1_epi32((1 << weight.container) - 1), step = _mm512_set1_epi32(weight.container);
+        const int64_t size = weight.K / weight.G;
+        int64_t block_end = begin;
+        __m512i zero[2];
+        Vector scale[2];
+        for_each_word(weight, n, rows, begin, begin + count, [&](int64_t w, __m512i words0, __m512i words1) {
+            __m512i words[2] = {words0, words1};
+            const int64_t k = w * per_word, k_end = smaller<int64_t>(k + per_word, count);
+            for (int64_t i = k; i < k_end; ++i) {
+                if (begin + i >= block_end) {
+                    int32_t zeros[kTileColumns] = {};
+                    float scales[kTileColumns] = {};  // 0 for missing rows: their values are 0
+                    for (int64_t row = 0; row < rows; ++row) {
+                        const int64_t block = weight.block(n + row, begin + i);
+                        zeros[row] = weight.zero_point[block];
+                        scales[row] = weight.scale ? weight.scale[block] : 1.0f;
+                    }
+                    for (int half = 0; half < 2; ++half) {
+                        zero[half] = _mm512_loadu_si512(zeros + 16 * half);
+                        scale[half] = load(scales + 16 * half);
+                    }
+                    block_end = weight.G == 1 ? begin + count : ((begin + i) / size + 1) * size;
+                }
+                for (int half = 0; half < 2; ++half) {
+                    const __m512i code = _mm512_and_si512(words[half], mask);
+                    words[half] = _mm512_srlv_epi32(words[half], step);
+                    store(panel + i * kTileColumns + 16 * half, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(code, zero[half])), scale[half]));
+                }
+            }
+        });
+        return;
+    }
+#endif
+    constexpr int64_t kPiece = 64;
+    float values[kPiece];
+    for (int64_t k = 0; k < count; k += kPiece) {
+        const int64_t width = smaller(kPiece, count - k);
+        for (int64_t i = 0; i < kTileColumns; ++i) {
+            if (i < rows) dequantize_codes(weight, n + i, begin + k, width, codes, values);
+            for (int64_t j = 0; j < width; ++j) panel[(k + j) * kTileColumns + i] = i < rows ? values[j] : 0.0f;
+        }
+    }
+}
+
+// panel[(n - begin) * kTileColumns + i] = weight (n, k + i), 0 for i >= columns; k is a multiple of kTileColumns.
+inline void backward_panel(const Weight& weight, int64_t begin, int64_t count, int64_t k, int64_t columns, float* panel, uint8_t* codes) {
+    for (int64_t n = 0; n < count; ++n) {
+        float* row = panel + n * kTileColumns;
+        dequantize_codes(weight, begin + n, k, columns, codes, row);
+        for (int64_t i = columns; i < kTileColumns; ++i) row[i] = 0.0f;
+    }
+}
+
+}  // namespace prequant::PREQUANT_LEVEL

@@ -1,0 +1,96 @@
+// The contract: one function an operator, raw pointers and plain structs, the same for every device. No tensors below this line.
+//
+// Meaning, shapes and rounding are those of the function of the same name in prequant_ext/reference.py. Every matrix is row-major and
+// contiguous; every check has been made by the operator's host function (ops_*.cpp). A device fills a table; a null entry is an
+// operator it does not have, and calling that operator says so.
+#pragma once
+
+#include <cstdint>
+
+#include "formats.h"
+
+namespace prequant {
+
+enum class Dtype : int { float32, float16, bfloat16 };
+
+struct Matrix {  // (rows, cols) floats
+    const void* data;
+    Dtype dtype;
+    int64_t rows, cols;
+};
+
+struct MutableMatrix {
+    void* data;
+    Dtype dtype;
+    int64_t rows, cols;
+};
+
+// Frozen codes with their scales. Weight (n, k) is (code - zero_point[b]) * scale[b], b = block(n, k).
+struct Weight {
+    const uint8_t* packed;
+    const float* scale;
+    const uint8_t* zero_point;
+    int64_t N, K;
+    int64_t scale_rows, G;  // (1, 1) per tensor, (N, 1) per row, (N, G) per group of K / G
+    int container;
+
+    PREQUANT_HOST_DEVICE int64_t block(int64_t n, int64_t k) const { return (scale_rows == 1 ? 0 : n) * G + (G == 1 ? 0 : k / (K / G)); }
+    PREQUANT_HOST_DEVICE const uint8_t* row(int64_t n) const { return packed + n * packed_row_bytes(K, container); }
+};
+
+// The trained part: values (N, r) of input columns (axis 1) or (r, K) of output rows (axis 0).
+struct Outliers {
+    const int64_t* dims;
+    const float* values;
+    int64_t r;
+    int axis;
+};
+
+// 8-bit activations: x(m, k) is (codes[m, k] - zero_point[t]) * scale[t], t = m where per_token and 0 otherwise.
+struct Activations {
+    const uint8_t* codes;
+    const float* scale;
+    const uint8_t* zero_point;
+    const int32_t* sums;  // (M, G) sums of the codes of each group; null where the operator has no use for them
+    int64_t M, K;
+    bool per_token;
+};
+
+using Stream = void*;  // the current CUDA stream; null on the CPU
+
+struct Kernels {
+    void (*weight_stats)(Matrix weight, int64_t block_size, double* mean, double* std, double* minimum, double* maximum, Stream);
+    void (*outlier_counts)(Matrix weight, const double* mean, const double* std, double threshold, int64_t* column_counts, int64_t* column_energy,
+                           int64_t* row_counts, int64_t* row_energy, Stream);
+    void (*select_outlier_dims)(const int64_t* counts, const int64_t* energy, int64_t size, int64_t r, int64_t* dims, Stream);
+
+    void (*quantize_pack)(Matrix weight, const float* scale, const uint8_t* zero_point, int64_t scale_rows, int64_t G, int bits, const int64_t* outlier_dims,
+                          int64_t r, int axis, uint8_t* packed, Stream);
+    void (*pack)(const uint8_t* codes, int64_t N, int64_t K, int container, uint8_t* packed, Stream);
+    void (*unpack)(const uint8_t* packed, int64_t N, int64_t K, int container, uint8_t* codes, Stream);
+    void (*prepack)(const uint8_t* packed, int64_t N, int64_t K, int container, uint8_t* prepacked, Stream);
+    void (*unprepack)(const uint8_t* prepacked, int64_t N, int64_t K, int container, uint8_t* packed, Stream);
+    void (*dequantize)(Weight weight, int64_t row_begin, MutableMatrix dense, Stream);  // dense.rows rows from row_begin
+    void (*scatter_outlier_)(MutableMatrix dense, Outliers outliers, bool accumulate, Stream);
+
+    // excluded: null, or `size` columns left out of the ranges
+    void (*quantize_activations)(Matrix x, bool per_token, int64_t G, const int64_t* excluded, int64_t size, uint8_t* codes, float* scale,
+                                 uint8_t* zero_point, int32_t* sums, Stream);
+    void (*embedding)(const int64_t* ids, const uint8_t* codes, const float* scale, const uint8_t* zero_point, bool per_row, MutableMatrix rows, Stream);
+
+    // raw: null, or the float activations whose outlier columns are multiplied as they are; bias: null or (N)
+    void (*linear_w4a16)(Matrix x, Weight weight, Outliers outliers, const float* bias, MutableMatrix y, Stream);
+    void (*linear_w4a8)(Activations x, const Matrix* raw, Weight weight, Outliers outliers, const float* bias, MutableMatrix y, Stream);
+    void (*linear_dx)(Matrix grad_y, Weight weight, Outliers outliers, MutableMatrix grad_x, Stream);
+
+    // Either x (float) or codes is given: the other one's data is null.
+    void (*outlier_grad)(Matrix grad_y, Matrix x, Activations codes, const int64_t* dims, int64_t r, int axis, float* gradient, Stream);
+    void (*scale_grad)(Matrix grad_y, Matrix x, Activations codes, Weight weight, float* gradient, Stream);  // weight.scale is null: not needed
+};
+
+const Kernels& cpu_kernels();  // of the instruction-set level in use, cpu/isa/level.h
+#ifdef PREQUANT_CUDA
+const Kernels& cuda_kernels();
+#endif
+
+}  // namespace prequant

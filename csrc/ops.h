@@ -1,0 +1,149 @@
+// The host functions behind torch.ops.prequant (schemas in ops.cpp): check, allocate, call the device's kernel.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "checks.h"
+
+namespace prequant {
+
+// ops_quantize.cpp
+std::tuple<Tensor, Tensor, Tensor, Tensor> weight_stats(const Tensor& weight, int64_t block_size);
+std::tuple<Tensor, Tensor, Tensor, Tensor> outlier_counts(const Tensor& weight, const Tensor& mean, const Tensor& std, double threshold);
+Tensor select_outlier_dims(const Tensor& counts, const Tensor& energy, int64_t r);
+Tensor quantize_pack(const Tensor& weight, const Tensor& scale, const Tensor& zero_point, int64_t bits, const Tensor& outlier_dims, int64_t axis);
+
+// ops_storage.cpp
+Tensor pack(const Tensor& codes, int64_t bits);
+Tensor unpack(const Tensor& weight_packed, int64_t K, int64_t bits);
+Tensor prepack(const Tensor& weight_packed, int64_t K, int64_t bits);
+Tensor unprepack(const Tensor& prepacked, int64_t N, int64_t K, int64_t bits);
+Tensor dequantize(const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, int64_t K, int64_t bits, ScalarType dtype, int64_t row_begin,
+                  std::optional<int64_t> row_end);
+void scatter_outlier_(const Tensor& dense, const Tensor& outlier_dims, const Tensor& outlier_weight, int64_t axis, bool accumulate);
+
+// ops_linear.cpp
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_activations(const Tensor& x, bool per_token, int64_t group_size, const std::optional<Tensor>& excluded_dims);
+Tensor embedding(const Tensor& ids, const Tensor& codes, const Tensor& scale, const Tensor& zero_point, ScalarType dtype);
+Tensor linear_w4a16(const Tensor& x, const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims,
+                    const Tensor& outlier_weight, const std::optional<Tensor>& bias, int64_t bits, int64_t axis);
+Tensor linear_w4a8(const Tensor& x, const Tensor& x_codes, const Tensor& x_scale, const Tensor& x_zero_point, const Tensor& x_sums,
+                   const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims, const Tensor& outlier_weight,
+                   const std::optional<Tensor>& bias, int64_t bits, int64_t axis, bool raw_outliers);
+Tensor linear_dx(const Tensor& grad_y, const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims,
+                 const Tensor& outlier_weight, int64_t K, int64_t bits, int64_t axis);
+Tensor outlier_grad(const Tensor& grad_y, const Tensor& x, const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
+                    const Tensor& outlier_dims, int64_t axis);
+Tensor scale_grad(const Tensor& grad_y, const Tensor& x, const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
+                  const Tensor& weight_packed, const Tensor& zero_point, int64_t bits);
+
+// ---- what the host functions share ----
+
+// The device's table, with that device current while this lives, and its stream.
+class Device {
+   public:
+    explicit Device(const Tensor& tensor);  // device.cpp
+    Stream stream() const { return stream_; }
+
+    // A kernel of the table by its operator's name; an operator that this build lacks on this device is an error that names the rebuild command.
+    template <typename Kernel>
+    Kernel require(Kernel Kernels::*kernel, const char* op) const {
+        if (kernels_ == nullptr || kernels_->*kernel == nullptr) missing(op);
+        return kernels_->*kernel;
+    }
+
+   private:
+    [[noreturn]] void missing(const char* op) const;
+    std::string name_;
+    const Kernels* kernels_ = nullptr;
+    Stream stream_ = nullptr;
+    std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
+inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
+    return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()), dtype);
+}
+
+inline Matrix matrix(const Tensor& tensor, const char* name) {
+    return {tensor.const_data_ptr(), check_float(tensor.scalar_type(), name), tensor.size(0), tensor.size(1)};
+}
+
+inline MutableMatrix mutable_matrix(Tensor& tensor, const char* name) {
+    return {tensor.mutable_data_ptr(), check_float(tensor.scalar_type(), name), tensor.size(0), tensor.size(1)};
+}
+
+inline Tensor row_major(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+// Argument bundles: checked once, made contiguous, kept alive for the kernel call.
+
+class WeightArguments {
+   public:
+    WeightArguments(const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, int64_t K, int64_t bits, const char* k_owner) {
+        check_packed(weight_packed, K, bits, k_owner);
+        check_block_pair(scale, zero_point, weight_packed.size(0), K);
+        check_device(scale, "scale", weight_packed, "weight_packed");
+        check_device(zero_point, "zero_point", weight_packed, "weight_packed");
+        packed_ = row_major(weight_packed), scale_ = row_major(scale), zero_point_ = row_major(zero_point);
+        K_ = K, container_ = container_bits(bits);
+    }
+    Weight view() const {
+        return {packed_.const_data_ptr<uint8_t>(), scale_.const_data_ptr<float>(), zero_point_.const_data_ptr<uint8_t>(), packed_.size(0), K_, scale_.size(0),
+                scale_.size(1), container_};
+    }
+
+   private:
+    Tensor packed_, scale_, zero_point_;
+    int64_t K_;
+    int container_;
+};
+
+class OutlierArguments {
+   public:
+    OutlierArguments(const Tensor& outlier_dims, const Tensor& outlier_weight, int64_t axis, int64_t N, int64_t K) {
+        check_outlier_dims(outlier_dims, axis, N, K);
+        check_dtype(outlier_weight, "outlier_weight", ScalarType::Float);
+        const int64_t r = outlier_dims.size(0);
+        check_shape(outlier_weight, "outlier_weight", axis == 1 ? N : r, axis == 1 ? r : K);
+        dims_ = row_major(outlier_dims), weight_ = row_major(outlier_weight), axis_ = static_cast<int>(axis);
+    }
+    Outliers view() const { return {dims_.const_data_ptr<int64_t>(), weight_.const_data_ptr<float>(), dims_.size(0), axis_}; }
+
+   private:
+    Tensor dims_, weight_;
+    int axis_;
+};
+
+class ActivationArguments {
+   public:
+    ActivationArguments(const Tensor& codes, const Tensor& scale, const Tensor& zero_point, int64_t M, int64_t K) {
+        check_dtype(codes, "x_codes", ScalarType::Byte);
+        check_shape(codes, "x_codes", M, K);
+        check_dtype(scale, "x_scale", ScalarType::Float);
+        STD_TORCH_CHECK(scale.dim() == 2 && (scale.size(0) == M || scale.size(0) == 1) && scale.size(1) == 1, "x_scale must have shape (", M,
+                        ", 1) or (1, 1), got ", shape_of(scale));
+        check_dtype(zero_point, "x_zero_point", ScalarType::Byte);
+        check_shape(zero_point, "x_zero_point", scale.size(0), 1);
+        check_device(scale, "x_scale", codes, "x_codes");
+        check_device(zero_point, "x_zero_point", codes, "x_codes");
+        codes_ = row_major(codes), scale_ = row_major(scale), zero_point_ = row_major(zero_point);
+    }
+    Activations view() const {
+        return {codes_.const_data_ptr<uint8_t>(), scale_.const_data_ptr<float>(), zero_point_.const_data_ptr<uint8_t>(), nullptr,
+                codes_.size(0), codes_.size(1), scale_.size(0) > 1};
+    }
+
+   private:
+    Tensor codes_, scale_, zero_point_;
+};
+
+inline void check_layer_device(const Tensor& x, const char* name, const Tensor& weight_packed, const Tensor& outlier_dims, const Tensor& outlier_weight) {
+    check_device(weight_packed, "weight_packed", x, name);
+    check_device(outlier_dims, "outlier_dims", x, name);
+    check_device(outlier_weight, "outlier_weight", x, name);
+}
+
+}  // namespace prequant

