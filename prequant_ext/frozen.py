@@ -1,0 +1,59 @@
+"""What PreQuantLinear and PreQuantEmbedding share: parameters that stay in float32, and a `weight` for code that only looks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def empty_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None, requires_grad: bool = False) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=requires_grad)
+
+
+class FrozenWeight(nn.Module):
+    """A module whose packed weight, scales and indices are frozen Parameters.
+
+    Parameters, not buffers: DDP broadcasts buffers at every forward. Not called ``weight``: T5 casts its activations to ``wo.weight.dtype``.
+    """
+
+    keeps_float32 = ("weight_scale", "outlier_weight")  # whatever .to(dtype) asks for: masters of training, factors of every product
+    shape: tuple[int, int]
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.compute_dtype = torch.get_default_dtype() if dtype is None else dtype
+
+    def _set(self, name: str, value: Tensor) -> None:
+        """Replace a parameter's tensor, keeping whether it is trained."""
+        parameter = getattr(self, name)
+        if value.shape != parameter.shape:
+            raise ValueError(f"{name} must have shape {tuple(parameter.shape)}, got {tuple(value.shape)}")
+        setattr(self, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+
+    @property
+    def weight(self) -> Tensor:
+        """A stand-in with the weight's shape, dtype and device, one NaN in memory: code that looks at it is served, code that reads it sees NaN."""
+        probe = self.weight_scale.detach().new_full((), float("nan"), dtype=self.compute_dtype).expand(self.shape)
+        if not torch.compiler.is_compiling():
+            probe._is_hf_initialized = True  # T5's initialisation would write into it
+        return probe
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenWeight":
+        kept = [parameter for name, parameter in self.named_parameters(recurse=False) if name in self.keeps_float32]
+        masters = {id(tensor) for parameter in kept for tensor in (parameter, parameter.grad) if tensor is not None}
+
+        def moving_masters_only(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if id(tensor) in masters and result.dtype != tensor.dtype else result
+
+        super()._apply(moving_masters_only, recurse)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.weight_scale.device)).dtype
+        return self
+
+    @staticmethod
+    def _take_disk_name(state_dict: dict[str, Any], prefix: str) -> None:
+        """Accept the name on disk, ``weight``, for the name in memory: Trainer resumes by load_state_dict on a file of save_pretrained."""
+        stored = state_dict.get(f"{prefix}weight")
+        if stored is not None and stored.dtype == torch.uint8:
+            state_dict[f"{prefix}weight_packed"] = state_dict.pop(f"{prefix}weight")

@@ -1,0 +1,167 @@
+"""PreQuantLinear: a frozen quantized weight and r trained outlier dimensions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prequant_ext import ops, quantize
+from prequant_ext.config import PreQuantConfig
+from prequant_ext.frozen import FrozenWeight, empty_parameter
+from prequant_ext.outliers import AXES
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' Conv1D: a linear layer that stores its weight as (K, N). Told by name: transformers is optional."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+class PreQuantLinear(FrozenWeight):
+    """``y = x W^T + x[:, idx] O^T + bias`` (axis input) or ``y = x W^T + bias; y[:, idx] += x O^T`` (axis output).  PreQuant, Section 4.3.
+
+    Frozen     weight_packed (N, B) uint8, canonical storage · weight_scale float32 and weight_zero_point uint8: (1, 1), (N, 1) or (N, G)
+               · outlier_dims (r,) int64, ascending · bias (N,)
+    Trained    outlier_weight float32, O: (N, r) or (r, K), the weights of the outlier dimensions; their codes are worth exactly 0.
+               With ``train_scales`` (PreQuant-alpha) weight_scale is trained and r is 0.
+
+    x is (..., K) float32, float16 or bfloat16 and y has its dtype (or autocast's); with ``activation_bits`` 8, x enters both products quantized.
+    ``.to(dtype)`` leaves scales and outlier weights in float32.
+
+    Raises ValueError if r exceeds the sliced axis, if a group or the hidden size does not divide K, or on non-finite weights.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        axis: str,
+        config: PreQuantConfig,
+        bits: int | None = None,
+        hidden_size: int | None = None,
+        is_transposed: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__(dtype)
+        if axis not in AXES:
+            hint = '; "hidden" is decided by the role of a module in its model: use quantize_model' if axis == "hidden" else ""
+            raise ValueError(f"axis must be input or output for a single layer, got {axis!r}{hint}")
+        self.in_features, self.out_features = in_features, out_features
+        self.axis, self.is_transposed = axis, is_transposed
+        self.bits = config.bits if bits is None else bits
+        self.r = config.r
+        self.activation_bits = config.activation_bits
+        self.per_token = config.activation_granularity == "token"
+        self.raw_outliers = config.raw_outlier_activations and axis == "input" and config.r > 0
+        self.train_scales = config.train_scales
+        self.squared_error: float | None = None  # of the quantization, where it was done in this process
+
+        N, K, r = out_features, in_features, config.r
+        blocks = quantize.scale_shape(config, N, K, hidden_size)
+        self.group_size = K // blocks[1] if blocks[1] > 1 else 0
+        self.weight_packed = empty_parameter((N, (K * ops.container_bits(self.bits) + 7) // 8), torch.uint8, device)
+        self.weight_scale = empty_parameter(blocks, torch.float32, device, requires_grad=config.train_scales)
+        self.weight_zero_point = empty_parameter(blocks, torch.uint8, device)
+        self.outlier_dims = empty_parameter((r,), torch.int64, device)
+        self.outlier_weight = empty_parameter((N, r) if axis == "input" else (r, K), torch.float32, device, requires_grad=r > 0)
+        self.bias = empty_parameter((N,), self.compute_dtype, device) if bias else None
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        config: PreQuantConfig,
+        axis: str = "input",
+        *,
+        name: str = "linear",
+        bits: int | None = None,
+        hidden_size: int | None = None,
+        tuned: Tensor | None = None,
+    ) -> "PreQuantLinear":
+        """The pre-quantized twin of an ``nn.Linear`` (or transformers Conv1D), which stays as it is.
+
+        ``axis`` overrides the config's. ``name`` is used in errors and seeds the random selector; ``hidden_size`` is the group of trained scales
+        (default: in_features); ``tuned`` the fine-tuned weight of the ticket selector.
+        """
+        is_transposed = is_conv1d(linear)
+        if not is_transposed and not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
+        weight = linear.weight.detach().T if is_transposed else linear.weight.detach()
+        bias = linear.bias
+        N, K = weight.shape
+        hidden_size = K if hidden_size is None else hidden_size
+        layer = cls(
+            K,
+            N,
+            bias=bias is not None,
+            axis=axis,
+            config=config,
+            bits=bits,
+            hidden_size=hidden_size,
+            is_transposed=is_transposed,
+            dtype=weight.dtype,
+            device="meta",
+        )
+        tuned = tuned.T if tuned is not None and is_transposed else tuned
+        quantized = quantize.quantize_matrix(weight, config, name=name, axis=axis, bits=layer.bits, hidden_size=hidden_size, tuned=tuned)
+        layer.load_quantized(quantized, bias)
+        return layer
+
+    def load_quantized(self, quantized: "quantize.QuantizedMatrix", bias: Tensor | None) -> None:
+        """Take over the tensors of a quantized matrix; which parameters are trained stays as it was."""
+        for name in ("weight_packed", "weight_scale", "weight_zero_point", "outlier_dims", "outlier_weight"):
+            self._set(name, getattr(quantized, name))
+        if bias is not None:
+            self._set("bias", bias.detach().clone())
+        self.squared_error = quantized.squared_error
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        K = x.shape[-1]
+        if self.in_features != K:  # the packed row alone cannot tell an odd K from the next even one
+            raise ValueError(f"x has K = {K} but the layer has in_features = {self.in_features}")
+        rows = x.reshape(-1, K)
+        weight = (self.weight_packed, self.weight_scale, self.weight_zero_point, self.outlier_dims, self.outlier_weight, self.bias)
+        axis = AXES[self.axis]
+        if self.activation_bits is None:
+            y = ops.linear_w4a16(rows, *weight, self.bits, axis)
+        else:
+            excluded = self.outlier_dims if self.raw_outliers else None
+            quantized = ops.quantize_activations(rows.detach(), self.per_token, self.group_size, excluded)
+            y = ops.linear_w4a8(rows, *quantized, *weight, self.bits, axis, self.raw_outliers)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def dequantize(self) -> Tensor:
+        """The dense (N, K) float32 weight, outlier dimensions included."""
+        dense = ops.dequantize(self.weight_packed, self.weight_scale, self.weight_zero_point, self.in_features, self.bits, torch.float32)
+        return ops.scatter_outlier_(dense, self.outlier_dims, self.outlier_weight, AXES[self.axis], False)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Module:
+        """A float layer of the kind this one was made from, holding :meth:`dequantize` in the layer's dtype."""
+        weight = self.dequantize().to(self.compute_dtype)
+        if self.is_transposed:
+            from transformers.pytorch_utils import Conv1D
+
+            linear: nn.Module = Conv1D(self.out_features, self.in_features)
+            linear.weight, linear.bias = nn.Parameter(weight.T.contiguous()), nn.Parameter(self.bias.detach().clone())  # a Conv1D always has a bias
+            return linear
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight)
+        linear.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
+        return linear
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._take_disk_name(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        activations = "float" if self.activation_bits is None else f"{self.activation_bits} bit per {'token' if self.per_token else 'tensor'}"
+        parts = [f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, bits={self.bits}, r={self.r}, axis={self.axis}"]
+        return f"{parts[0]}, activations={activations}"
