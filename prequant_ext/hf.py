@@ -1,0 +1,387 @@
+"""The transformers plug-in: quantize while a float checkpoint streams in, save_pretrained, from_pretrained. Importing this module registers it.
+
+A module X has on disk X.weight (packed codes), X.weight_scale, X.weight_zero_point, and a linear X.outlier_dims and X.outlier_weight. The codes keep the
+float weight's name there, so that a program without the plug-in stops at their shape; under any other name it would start from random weights. In memory
+they are X.weight_packed (see frozen.py).
+"""
+
+import copy
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter, WeightRenaming, build_glob_alternation, rename_source_key
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from prequant_ext import checkpoint, quantize
+from prequant_ext.checkpoint import save_model_dir
+from prequant_ext.config import FORMAT_VERSION, PreQuantConfig
+from prequant_ext.embedding import PreQuantEmbedding
+from prequant_ext.families import Family
+from prequant_ext.linear import PreQuantLinear
+from prequant_ext.model import empty_layer, freeze_base, merge
+from prequant_ext.sites import Site, find_sites
+from prequant_ext.strictness import warn
+
+METHOD = PreQuantConfig.quant_method
+TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "outlier_dims", "outlier_weight")  # a table has the first three
+
+__all__ = ["METHOD", "PreQuantHfConfig", "PreQuantHfQuantizer", "attach", "compute_dtype", "detach", "save_model_dir"]
+
+
+class PreQuantHfConfig(QuantizationConfigMixin):
+    """A :class:`PreQuantConfig` as ``quantization_config`` of a model's config.json, with what a reader of the files must know besides.
+
+    config         the settings
+    family         the family row the model was quantized with, where it is not the table's own
+    float_modules  modules that the float checkpoint lacked, hence fresh float layers; names without the base model's prefix
+    dtype          of the float part. The model's own ``dtype`` would name that of the first parameter, often a float32 scale
+
+    Raises ValueError on an unknown setting, or a ``format_version`` newer than this library's.
+    """
+
+    def __init__(
+        self,
+        config: PreQuantConfig | None = None,
+        *,
+        format_version: int = FORMAT_VERSION,
+        family: Family | Mapping[str, Any] | None = None,
+        float_modules: Iterable[str] = (),
+        dtype: str | None = None,
+        quant_method: str = METHOD,
+        **settings: Any,
+    ):
+        if not isinstance(format_version, int) or format_version < 1:
+            raise ValueError(f"format_version must be an integer of at least 1, got {format_version!r}")
+        if format_version > FORMAT_VERSION:  # before the settings, which a newer version may have added to
+            raise ValueError(
+                f"the checkpoint has format_version {format_version}, but this prequant_ext reads up to format_version {FORMAT_VERSION}: upgrade prequant_ext"
+            )
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.config = PreQuantConfig.from_dict(settings) if config is None else config
+        self.family = Family(**family) if isinstance(family, Mapping) else family
+        self.float_modules = tuple(float_modules)
+        if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype must name a torch dtype, such as bfloat16, got {dtype!r}")
+        self.dtype = dtype
+
+    @classmethod
+    def wrap(cls, config: Any) -> "PreQuantHfConfig":
+        """``config`` itself, or around a PreQuantConfig or the dict of a config.json."""
+        if isinstance(config, cls):
+            return config
+        if isinstance(config, PreQuantConfig):
+            return cls(config)
+        if isinstance(config, Mapping):
+            return cls(**config)
+        raise ValueError(f"quantization_config must be a PreQuantConfig for a prequant checkpoint, got {type(config).__name__}")
+
+    def to_dict(self) -> dict[str, Any]:
+        family = None if self.family is None else dataclasses.asdict(self.family)
+        own = {"family": family, "float_modules": list(self.float_modules), "dtype": self.dtype}
+        return {"quant_method": self.quant_method, "format_version": self.format_version, **self.config.to_dict()} | {k: v for k, v in own.items() if v}
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As a dict has it: where a loaded model's config is passed on, transformers asks its quantization_config like the dict of a config.json."""
+        return self.to_dict().get(key, default)
+
+    def check_agrees(self, asked: "PreQuantHfConfig") -> None:
+        """Raises ValueError naming the settings that differ from ``asked``'s: the file's codes cannot follow another config."""
+        stored, wanted = self.config.to_dict(), asked.config.to_dict()
+        differing = [f"{name} = {stored[name]!r}, not {wanted[name]!r}" for name in stored if stored[name] != wanted[name]]
+        if differing:
+            raise ValueError(
+                f"quantization_config contradicts the checkpoint, which was quantized with {'; '.join(differing)}; leave it out to load the file as it is"
+            )
+
+
+class PackedRenaming(WeightRenaming):
+    """X.weight on disk <-> X.weight_packed in memory, for the quantized modules of one model."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "list[PackedRenaming]":
+        prefix = f"{model.base_model_prefix}."
+        names = [name.removeprefix(prefix) for name, _ in checkpoint.quantized_modules(model)]
+        if not names:
+            return []
+        # Names in full, with and without the base model's prefix (the loader adds or strips it afterwards). No "$": it would stay in saved keys.
+        spelled = "|".join(re.escape(f"{start}{name}") for name in names for start in ("", prefix))
+        return [cls(rf"^({spelled})\.weight", r"\1.weight_packed")]
+
+
+class _Refusal(dict):
+    """A conversion's result that raises when the loader takes it up, as the loader would swallow an exception of the conversion itself."""
+
+    def __init__(self, error: Exception):
+        super().__init__()
+        self.error = error
+
+    def items(self) -> Any:
+        raise self.error
+
+
+class QuantizeWhileLoading(ConversionOps):
+    """One float weight, just read from disk -> the tensors of its quantized module. The loader calls it weight by weight, and drops the float one after."""
+
+    def __init__(self, quantizer: "PreQuantHfQuantizer"):
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any) -> dict[str, Tensor]:
+        (value,) = input_dict.values()
+        weight = value[0] if isinstance(value, list) else value
+        name = full_layer_name.rpartition(".")[0]
+        try:
+            return {f"{name}.{key}": tensor for key, tensor in self.quantizer.quantized(model.get_submodule(name), weight, name).items()}
+        except Exception as error:
+            return _Refusal(error)
+
+
+class PreQuantHfQuantizer(HfQuantizer):
+    """What transformers calls before, while and after it loads a model."""
+
+    requires_calibration = False
+    quantization_config: PreQuantHfConfig
+
+    def __init__(self, quantization_config: Any, pre_quantized: bool = True, **kwargs: Any):
+        # A copy: loading writes into it, and the caller's may serve several models.
+        super().__init__(copy.deepcopy(PreQuantHfConfig.wrap(quantization_config)), pre_quantized=pre_quantized, **kwargs)
+        self.sites: dict[str, Site] = {}
+        self.dtype = torch.get_default_dtype()
+
+    # ---- before
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The one place that sees the model's config before ``dtype="auto"`` is settled: it must find the model's dtype, not the first scale's."""
+        if self.pre_quantized and self.quantization_config.dtype is not None:
+            config.dtype = getattr(torch, self.quantization_config.dtype)
+        return config
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self.dtype = dtype
+        return dtype
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **_: Any) -> None:
+        stored = self.quantization_config
+        if stored.family is not None:
+            model._prequant_family = stored.family
+        sites = find_sites(model, stored.config, stored.family, allow_unmatched=self.pre_quantized)
+        self.sites = {site.name: site for site in sites if _without_prefix(model, site.name) not in stored.float_modules}
+        for site in self.sites.values():
+            model.set_submodule(site.name, self._empty_module(model, site))  # on the meta device: nothing is allocated
+        if checkpoint_files is None:  # a state_dict was given: its tensors are checked once they are loaded
+            return
+        headers = _by_name_in_memory(model, self, checkpoint.read_headers(checkpoint_files))
+        if self.pre_quantized:
+            checkpoint.check_quantized_headers(model, headers)
+        else:
+            checkpoint.check_float_headers(model, headers)
+            self._warn_if_rounded(headers)
+
+    def _empty_module(self, model: Any, site: Site) -> PreQuantLinear | PreQuantEmbedding:
+        module = empty_layer(site, model.get_submodule(site.name), self.quantization_config.config)
+        kept_in_float32 = model._get_dtype_plan(self.dtype)  # T5's wo in float16: the layer computes as the float one would
+        if kept_in_float32 and build_glob_alternation(list(kept_in_float32))[0].search(f"{site.name}.weight"):
+            return module.to(torch.float32)
+        return module
+
+    def _warn_if_rounded(self, headers: Mapping[str, checkpoint.Header]) -> None:
+        """A dtype that cannot hold the checkpoint's values rounds them before they are quantized: other codes, another base."""
+        weights = {headers[key].dtype for key in (f"{name}.weight_packed" for name in self.sites) if key in headers}
+        rounded = [str(dtype) for dtype in weights if isinstance(dtype, torch.dtype) and torch.promote_types(dtype, self.dtype) != self.dtype]
+        if rounded:
+            warn(
+                f"dtype={self.dtype} rounds the checkpoint's {', '.join(sorted(rounded))} weights before they are quantized: this base differs from the one "
+                'made in the checkpoint\'s own dtype, and task files do not fit both. Quantize with dtype="auto", save, and load that with any dtype'
+            )
+
+    # ---- while
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        name, _, parameter_name = param_name.rpartition(".")
+        return not self.pre_quantized and parameter_name == "weight_packed" and name in self.sites
+
+    def get_quantize_ops(self) -> QuantizeWhileLoading:
+        return QuantizeWhileLoading(self)
+
+    def quantized(self, module: PreQuantLinear | PreQuantEmbedding, weight: Tensor, name: str) -> dict[str, Tensor]:
+        """The parameters of ``module`` from its float weight: the same calls that quantize_model makes."""
+        config, site = self.quantization_config.config, self.sites[name]
+        if isinstance(module, PreQuantEmbedding):
+            table = quantize.quantize_table(weight, config, name=name)
+            return dict(zip(TENSORS, table, strict=False))
+        weight = weight.T if site.is_transposed else weight
+        matrix = quantize.quantize_matrix(weight, config, name=name, axis=module.axis, bits=site.bits, hidden_size=site.hidden_size)
+        module.squared_error = matrix.squared_error
+        return {key: getattr(matrix, key) for key in TENSORS}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        return weight_conversions + PackedRenaming.of(model)
+
+    # ---- after
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        offloaded = [name for name, module in checkpoint.quantized_modules(model) if module.weight_packed.is_meta]
+        if offloaded:
+            raise ValueError(f"quantized weights cannot be offloaded to disk, but device_map puts {offloaded[0]} there")
+        absent = [name for name in self.sites if not _is_loaded(model.get_submodule(name).weight_packed)]
+        if absent and self.pre_quantized:
+            raise ValueError(f"the quantized checkpoint has no {absent[0]}.weight, which {type(model).__name__} needs ({len(absent)} absent in all)")
+        if absent and not any(site.kind == "linear" for name, site in self.sites.items() if name not in absent):
+            raise ValueError(
+                f"the checkpoint has none of the weights that {type(model).__name__} would quantize, such as {absent[0]}.weight: is it of another model?"
+            )
+        for name in absent:
+            self._put_fresh_layer(model, name)
+        if absent:
+            self.quantization_config.float_modules = tuple(
+                sorted({*self.quantization_config.float_modules, *(_without_prefix(model, name) for name in absent)})
+            )
+            warn(f"absent from the checkpoint, now freshly initialised float layers: {checkpoint.some(absent)}")
+        for name in self.sites.keys() - set(absent):
+            bias = getattr(model.get_submodule(name), "bias", None)
+            if bias is not None and not _is_loaded(bias):
+                if self.pre_quantized:
+                    raise ValueError(f"the quantized checkpoint has no {name}.bias, which {type(model).__name__} needs")
+                nn.init.zeros_(bias)  # what transformers' own initialisation would do; it passes over our class
+        checkpoint.check_values(model)
+        freeze_base(model)  # the loader has turned on requires_grad of every float tensor
+        return model
+
+    def _put_fresh_layer(self, model: Any, name: str) -> None:
+        """Replace a module whose weight the float checkpoint lacks, uninitialised memory by now, with the float layer that transformers would make."""
+        site, empty = self.sites.pop(name), model.get_submodule(name)
+        N, K = site.shape
+        if isinstance(empty, PreQuantEmbedding):
+            layer: nn.Module = nn.Embedding(N, K, padding_idx=empty.padding_idx)
+        else:
+            layer = Conv1D(N, K) if site.is_transposed else nn.Linear(K, N, bias=empty.bias is not None)
+        layer = layer.to(dtype=empty.compute_dtype, device=empty.weight_packed.device)
+        bias = getattr(empty, "bias", None)
+        if bias is not None and _is_loaded(bias):
+            layer.bias = bias
+        model.set_submodule(name, layer)
+        model._init_weights(model.get_submodule(name.rpartition(".")[0]))  # T5 initialises its layers from their parent; what is loaded is flagged and stays
+        model._init_weights(layer)
+
+    # ---- saving and training
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Called before the config is written: the moment to note the model's dtype."""
+        model.config.quantization_config.dtype = str(compute_dtype(model)).removeprefix("torch.")
+        return None, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        return merge(model)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Else Trainer refuses a quantized model that PEFT has not wrapped."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def attach(model: PreTrainedModel, config: PreQuantConfig, family: Family | None = None) -> None:
+    """Make a model that quantize_model has quantized what from_pretrained would have returned: save_pretrained and Trainer know it.
+
+    ``family`` is stored with the model where it is not its row of the table; by default the one that quantize_model was given.
+    """
+    quantizer = PreQuantHfQuantizer(PreQuantHfConfig(config, family=family or getattr(model, "_prequant_family", None)))
+    quantizer.dtype = compute_dtype(model)
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # made from a config: what save_pretrained would assume
+        conversions = [entry for entry in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(entry, PrefixChange)]
+    model._weight_conversions = quantizer.update_weight_conversions(conversions, model)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = METHOD
+    model.config.quantization_config = quantizer.quantization_config
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo :func:`attach` and what from_pretrained noted on a model that is float again: save_pretrained writes a plain checkpoint, Trainer trains it."""
+    for owner, attributes in (
+        (model, ("hf_quantizer", "is_quantized", "quantization_method", "_prequant_family")),
+        *((module.config, ("quantization_config", "_is_quantized")) for module in model.modules() if isinstance(module, PreTrainedModel)),
+    ):
+        for attribute in attributes:
+            owner.__dict__.pop(attribute, None)
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [entry for entry in conversions if not isinstance(entry, PackedRenaming)]
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the float part: ``model.dtype`` is that of the first parameter, which may be a float32 scale."""
+    own = {id(parameter) for _, module in checkpoint.quantized_modules(model) for parameter in module.parameters(recurse=False)}
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and id(parameter) not in own:
+            return parameter.dtype
+    return next((module.compute_dtype for _, module in checkpoint.quantized_modules(model)), torch.get_default_dtype())
+
+
+def _is_loaded(parameter: Tensor) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def _without_prefix(model: PreTrainedModel, name: str) -> str:
+    return name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _by_name_in_memory(model: PreTrainedModel, quantizer: PreQuantHfQuantizer, headers: Mapping[str, checkpoint.Header]) -> dict[str, checkpoint.Header]:
+    """``headers`` by the names that the loader will give to the tensors."""
+    conversions = get_model_conversion_mapping(model, hf_quantizer=quantizer)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    in_memory = model.state_dict()
+    return {rename_source_key(key, renamings, converters, model.base_model_prefix, in_memory)[0]: header for key, header in headers.items()}
+
+
+def _register() -> None:
+    """Enter the plug-in into transformers' tables; on a second import of this module, in place of the first."""
+    for table in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
+        if getattr(table.get(METHOD), "__module__", None) == __name__:
+            del table[METHOD]
+    register_quantization_config(METHOD)(PreQuantHfConfig)
+    register_quantizer(METHOD)(PreQuantHfQuantizer)
+
+    merge_configs = AutoHfQuantizer.merge_quantization_configs
+    merge_configs = getattr(merge_configs, "_without_prequant", merge_configs)
+
+    def merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        """transformers drops the caller's config with a warning when the file has one; ours must not contradict the file."""
+        method = quantization_config.get("quant_method") if isinstance(quantization_config, dict) else quantization_config.quant_method
+        if method != METHOD:
+            return merge_configs(quantization_config, quantization_config_from_args)
+        stored = PreQuantHfConfig.wrap(quantization_config)
+        if quantization_config_from_args is not None:
+            stored.check_agrees(PreQuantHfConfig.wrap(quantization_config_from_args))
+        return stored
+
+    merge_quantization_configs._without_prequant = merge_configs  # type: ignore[attr-defined]
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_quantization_configs)
+
+
+_register()
