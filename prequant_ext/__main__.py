@@ -1,0 +1,7 @@
+"""``python -m prequant_ext``: the doctor."""
+
+import sys
+
+from prequant_ext.doctor import main
+
+sys.exit(main())
