@@ -1,0 +1,189 @@
+"""The steps behind the command line: from a model's name to a directory, a report, a score."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from prequant_ext import checkpoint, hf
+from prequant_ext import task as tasks
+from prequant_ext.config import PreQuantConfig
+from prequant_ext.glue import train
+from prequant_ext.glue.models import resolve_model
+from prequant_ext.glue.tasks import get_task
+from prequant_ext.linear import PreQuantLinear
+from prequant_ext.model import PlanRow, Report, merge, plan, quantize_model
+
+REPORT_FILE = "prequant_report.json"  # beside the weights: errors and outlier counts cannot be computed again once the float weights are gone
+KEPT_HEADS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForSequenceClassification")
+REPORT_TITLES = ("module", "shape", "axis", "bits", "r", "outliers", "L2 error", "kB before", "kB after")
+PLAN_TITLES = ("module", "shape", "axis", "bits", "r", "trained", "kB")
+
+
+class _Companions:
+    """A tokenizer (or none) and small text files, saved together with a model."""
+
+    def __init__(self, tokenizer: Any, files: dict[str, str]) -> None:
+        self.tokenizer, self.files = tokenizer, files
+
+    def save_pretrained(self, folder: Path) -> None:
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        for name, text in self.files.items():
+            (Path(folder) / name).write_text(text)
+
+
+def model_config(path: str) -> Any:
+    """transformers' config of a model. Raises FileNotFoundError where there is no such model."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"no model at {path}: it is no directory with a config.json, and the hub did not give one ({reason})") from error
+
+
+def is_quantized_directory(name: str) -> bool:
+    return getattr(model_config(resolve_model(name)), "quantization_config", None) is not None
+
+
+def _model_class(config: Any) -> Any:
+    """The checkpoint's own class where its head is part of what it does (a language model, a finished classifier), else the backbone.
+
+    A masked language model's head is dropped: task models would not use it, and loading through it drops the pooler, which they do.
+    """
+    name = next(iter(config.architectures or ()), "")
+    return getattr(transformers, name, AutoModel) if name.endswith(KEPT_HEADS) else AutoModel
+
+
+def _tokenizer(path: str) -> Any:
+    """The model's tokenizer, or None where it has none: a model can be quantized without."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def quantized(name: str, config: PreQuantConfig) -> tuple[PreTrainedModel, Any, Report]:
+    """(model, tokenizer, report) of a float model, quantized. Raises FileNotFoundError; ValueError as quantize_model."""
+    path = resolve_model(name)
+    own_config = model_config(path)
+    if getattr(own_config, "quantization_config", None) is not None:
+        raise ValueError(f"{name} is quantized already; quantize its float checkpoint")
+    model = _model_class(own_config).from_pretrained(path)
+    return model, _tokenizer(path), quantize_model(model, config)
+
+
+def quantize_directory(name: str, config: PreQuantConfig, out: Path) -> Report:
+    """Quantize the model called ``name`` into the directory ``out``, which appears when it is complete or not at all."""
+    model, tokenizer, report = quantized(name, config)
+    hf.save_model_dir(model, _Companions(tokenizer, {REPORT_FILE: json.dumps(report.to_dict())}), out)
+    return report
+
+
+def plan_of(name: str, config: PreQuantConfig) -> list[PlanRow]:
+    """What quantization would do. Reads the model's config only."""
+    own_config = model_config(resolve_model(name))
+    model_class = _model_class(own_config)
+    with torch.device("meta"):
+        model = AutoModel.from_config(own_config) if model_class is AutoModel else model_class(own_config)
+    return plan(model, config)
+
+
+def stored_report(name: str) -> Report:
+    """The report that quantize_directory left. Raises FileNotFoundError where there is none."""
+    path = Path(name) / REPORT_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: {name} was not written by prequant quantize, and errors cannot be computed without the float weights")
+    try:
+        return Report.from_dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def report_table(report: Report) -> tuple[Sequence[str], list[Sequence[str]], str]:
+    """Titles, rows and caption for console.show."""
+    rows: list[Sequence[str]] = [
+        (
+            row.name,
+            f"{row.shape[0]} x {row.shape[1]}",
+            row.axis or "-",
+            str(row.bits),
+            str(row.outlier_slices),
+            f"{row.num_outliers:,}",
+            f"{row.l2_error:.4g}",
+            f"{row.bytes_before / 1e3:,.1f}",
+            f"{row.bytes / 1e3:,.1f}",
+        )
+        for row in report.rows
+    ]
+    caption = str(report).split("\n\n", 1)[1]  # below its table the report says what is said here
+    return REPORT_TITLES, rows, caption
+
+
+def plan_table(plan_rows: Sequence[PlanRow]) -> tuple[Sequence[str], list[Sequence[str]], str]:
+    """Titles, rows and caption for console.show."""
+    rows: list[Sequence[str]] = []
+    for row in plan_rows:
+        shape, size = f"{row.shape[0]} x {row.shape[1]}", f"{row.bytes / 1e3:,.1f}"
+        rows.append((row.name, shape, row.axis or "-", str(row.bits), str(row.outlier_slices), f"{row.trainable:,}", size))
+    trained, total = sum(row.trainable for row in plan_rows), sum(row.bytes for row in plan_rows)
+    return PLAN_TITLES, rows, f"{len(rows)} modules, {total / 1e6:,.2f} MB, {trained:,} outlier weights or scales to train"
+
+
+def load_with_task(name: str, task_file: Path | None, num_labels: int) -> tuple[PreTrainedModel, dict[str, str]]:
+    """A task model on the base ``name``, and the metadata of the task file that was put into it.
+
+    Raises ValueError if the base has no trained head and no file brings one, or as load_task.
+    """
+    model_config(name)
+    model, loading = AutoModelForSequenceClassification.from_pretrained(name, num_labels=num_labels, dtype=torch.float32, output_loading_info=True)
+    if task_file is not None:
+        return model, tasks.load_task(model, task_file)
+    if loading["missing_keys"]:
+        raise ValueError(f"{name} has no trained head ({', '.join(sorted(loading['missing_keys'])[:3])}): name a task file with --task-file")
+    return model, {}
+
+
+def evaluate_directory(
+    name: str, task_name: str, task_file: Path | None, data_dir: str | None, source: str, max_length: int | None
+) -> tuple[dict[str, float], int]:
+    """(scores, max_length) on the validation rows; ``max_length`` None: that of training, from the task file or the directory's results."""
+    task = get_task(task_name)
+    if task_file is not None:
+        held = tasks.read_task(task_file)[0]["name"]
+        if held != task_name:
+            raise ValueError(f"{task_file} holds the task {held!r}, wanted {task_name!r}")
+    model, metadata = load_with_task(name, task_file, task.num_labels)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    recorded = metadata.get("max_length") or _recorded_length(Path(name), task_name)
+    length = max_length or int(recorded or train.Settings(name, task_name).max_length)
+    settings = train.Settings(name, task_name, data=source, data_dir=data_dir, max_length=length)
+    return train.evaluate(model, tokenizer, settings), length
+
+
+def _recorded_length(folder: Path, task_name: str) -> int | None:
+    path = folder / "results.json"
+    return json.loads(path.read_text()).get(task_name, {}).get("max_length") if path.is_file() else None
+
+
+def merge_directory(name: str, task_file: Path | None, out: Path) -> int:
+    """Write the float twin of a quantized directory, with a task merged in or not; returns the bytes of its parameters."""
+    own_config = model_config(name)
+    if getattr(own_config, "quantization_config", None) is None:
+        raise ValueError(f"{name} is a float model: there is nothing to merge")
+    if task_file is None:
+        model = _model_class(own_config).from_pretrained(name)
+    else:
+        metadata, _ = tasks.read_task(task_file)
+        model, _ = load_with_task(name, task_file, int(metadata.get("num_labels", own_config.num_labels)))
+    if not any(isinstance(module, PreQuantLinear) for module in model.modules()):
+        raise ValueError(f"{name} holds no PreQuant layers")
+    merge(model)
+    checkpoint.save_model_dir(model, _tokenizer(name), out)
+    return sum(parameter.nbytes for parameter in model.parameters())
