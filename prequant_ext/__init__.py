@@ -4,11 +4,24 @@ import importlib.util
 
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.embedding import PreQuantEmbedding
+from prequant_ext.families import FAMILIES, Family
 from prequant_ext.linear import PreQuantLinear
-from prequant_ext.model import merge, plan, quantize_model, trainable_parameters
+from prequant_ext.model import PlanRow, Report, merge, plan, quantize_model, trainable_parameters
 
 if importlib.util.find_spec("transformers") is not None:
     from prequant_ext import hf  # noqa: F401  transformers finds no plug-ins by itself: importing this package registers ours
 
 __version__ = "0.1.0"
-__all__ = ["PreQuantConfig", "PreQuantEmbedding", "PreQuantLinear", "merge", "plan", "quantize_model", "trainable_parameters"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "PlanRow",
+    "PreQuantConfig",
+    "PreQuantEmbedding",
+    "PreQuantLinear",
+    "Report",
+    "merge",
+    "plan",
+    "quantize_model",
+    "trainable_parameters",
+]

@@ -29,6 +29,7 @@ class PreQuantEmbedding(FrozenWeight):
     ):
         super().__init__(dtype)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.shape = (num_embeddings, embedding_dim)
         self.granularity = granularity
         self.squared_error: float | None = None
         blocks = (num_embeddings if granularity == "row" else 1, 1)
@@ -48,10 +49,6 @@ class PreQuantEmbedding(FrozenWeight):
         self._set("weight_packed", codes)
         self._set("weight_scale", scale)
         self._set("weight_zero_point", zero_point)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.num_embeddings, self.embedding_dim
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = ops.embedding(ids.reshape(-1).long(), self.weight_packed, self.weight_scale, self.weight_zero_point, self.compute_dtype)

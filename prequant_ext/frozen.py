@@ -18,7 +18,10 @@ class FrozenWeight(nn.Module):
     """
 
     keeps_float32 = ("weight_scale", "outlier_weight")  # whatever .to(dtype) asks for: masters of training, factors of every product
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # (N, K), or (V, D) of a table
+    weight_packed: nn.Parameter
+    weight_scale: nn.Parameter
+    weight_zero_point: nn.Parameter
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -34,7 +37,7 @@ class FrozenWeight(nn.Module):
     @property
     def weight(self) -> Tensor:
         """A stand-in with the weight's shape, dtype and device, one NaN in memory: code that looks at it is served, code that reads it sees NaN."""
-        probe = self.weight_scale.detach().new_full((), float("nan"), dtype=self.compute_dtype).expand(self.shape)
+        probe: Any = self.weight_scale.detach().new_full((), float("nan"), dtype=self.compute_dtype).expand(self.shape)
         if not torch.compiler.is_compiling():
             probe._is_hf_initialized = True  # T5's initialisation would write into it
         return probe

@@ -281,6 +281,12 @@ class PreQuantHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Called before the config is written: the moment to note the model's dtype."""
+        linears = [module for _, module in checkpoint.quantized_modules(model) if isinstance(module, PreQuantLinear)]
+        if all(module.weight_packed.shape == module.shape for module in linears):
+            warn(
+                "every matrix is stored in 8 bits a weight, which is the shape of the float one: a program that opens this checkpoint without "
+                "`import prequant_ext` takes the codes for weights and only logs it; with fewer bits in one matrix it would stop"
+            )
         model.config.quantization_config.dtype = str(compute_dtype(model)).removeprefix("torch.")
         return None, {}
 

@@ -49,6 +49,7 @@ class PreQuantLinear(FrozenWeight):
             hint = '; "hidden" is decided by the role of a module in its model: use quantize_model' if axis == "hidden" else ""
             raise ValueError(f"axis must be input or output for a single layer, got {axis!r}{hint}")
         self.in_features, self.out_features = in_features, out_features
+        self.shape = (out_features, in_features)
         self.axis, self.is_transposed = axis, is_transposed
         self.bits = config.bits if bits is None else bits
         self.r = config.r
@@ -66,7 +67,7 @@ class PreQuantLinear(FrozenWeight):
         self.weight_zero_point = empty_parameter(blocks, torch.uint8, device)
         self.outlier_dims = empty_parameter((r,), torch.int64, device)
         self.outlier_weight = empty_parameter((N, r) if axis == "input" else (r, K), torch.float32, device, requires_grad=r > 0)
-        self.bias = empty_parameter((N,), self.compute_dtype, device) if bias else None
+        self.bias: nn.Parameter | None = empty_parameter((N,), self.compute_dtype, device) if bias else None
 
     @classmethod
     def from_linear(
@@ -88,8 +89,9 @@ class PreQuantLinear(FrozenWeight):
         is_transposed = is_conv1d(linear)
         if not is_transposed and not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
-        weight = linear.weight.detach().T if is_transposed else linear.weight.detach()
-        bias = linear.bias
+        stored: Tensor = linear.weight.detach()  # type: ignore[operator]
+        weight = stored.T if is_transposed else stored
+        bias: Tensor | None = linear.bias  # type: ignore[assignment]
         N, K = weight.shape
         hidden_size = K if hidden_size is None else hidden_size
         layer = cls(
@@ -117,23 +119,19 @@ class PreQuantLinear(FrozenWeight):
             self._set("bias", bias.detach().clone())
         self.squared_error = quantized.squared_error
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.out_features, self.in_features
-
     def forward(self, x: Tensor) -> Tensor:
         K = x.shape[-1]
         if self.in_features != K:  # the packed row alone cannot tell an odd K from the next even one
             raise ValueError(f"x has K = {K} but the layer has in_features = {self.in_features}")
         rows = x.reshape(-1, K)
-        weight = (self.weight_packed, self.weight_scale, self.weight_zero_point, self.outlier_dims, self.outlier_weight, self.bias)
+        weight = (self.weight_packed, self.weight_scale, self.weight_zero_point, self.outlier_dims, self.outlier_weight)
         axis = AXES[self.axis]
         if self.activation_bits is None:
-            y = ops.linear_w4a16(rows, *weight, self.bits, axis)
+            y = ops.linear_w4a16(rows, *weight, self.bias, self.bits, axis)
         else:
             excluded = self.outlier_dims if self.raw_outliers else None
             quantized = ops.quantize_activations(rows.detach(), self.per_token, self.group_size, excluded)
-            y = ops.linear_w4a8(rows, *quantized, *weight, self.bits, axis, self.raw_outliers)
+            y = ops.linear_w4a8(rows, *quantized, *weight, self.bias, self.bits, axis, self.raw_outliers)
         return y.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
@@ -146,15 +144,16 @@ class PreQuantLinear(FrozenWeight):
     def to_linear(self) -> nn.Module:
         """A float layer of the kind this one was made from, holding :meth:`dequantize` in the layer's dtype."""
         weight = self.dequantize().to(self.compute_dtype)
+        bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
         if self.is_transposed:
             from transformers.pytorch_utils import Conv1D
 
-            linear: nn.Module = Conv1D(self.out_features, self.in_features)
-            linear.weight, linear.bias = nn.Parameter(weight.T.contiguous()), nn.Parameter(self.bias.detach().clone())  # a Conv1D always has a bias
-            return linear
+            conv1d = Conv1D(self.out_features, self.in_features)
+            conv1d.weight, conv1d.bias = nn.Parameter(weight.T.contiguous()), bias  # a Conv1D always has one
+            return conv1d
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight)
-        linear.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
+        linear.register_parameter("bias", bias)
         return linear
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

@@ -156,7 +156,7 @@ def _row_bytes(K: int, bits: int) -> int:
     return (K * container_bits(bits) + 7) // 8
 
 
-FAKES = {
+FAKES: dict[str, Callable[..., Any]] = {
     "weight_stats": lambda weight, block_size: tuple(weight.new_empty(_stats_shape(weight, block_size), dtype=torch.float64) for _ in range(4)),
     "outlier_counts": lambda weight, mean, std, threshold: tuple(weight.new_empty(weight.shape[dim], dtype=torch.int64) for dim in (1, 1, 0, 0)),
     "select_outlier_dims": lambda counts, energy, r: counts.new_empty(r),

@@ -183,7 +183,8 @@ def quantize_activations(x: Tensor, per_token: bool, group_size: int, excluded_d
 
         lo = min(min x, 0), hi = max(max x, 0), scale = hi/256 - lo/256, z = clip(rint(-lo * (1/scale)), 0, 255), q = clip(rint(x * (1/scale)) + z, 0, 255)
 
-    Returns codes (M, K) uint8, scale float32 and zero_point uint8 ((M, 1) or (1, 1)), sums (M, G) int32 of the codes of each group (``group_size`` 0: one group).
+    Returns codes (M, K) uint8, scale float32 and zero_point uint8 ((M, 1) or (1, 1)), sums (M, G) int32 of the codes of each group (``group_size`` 0:
+    one group).
     A step below 2^-126 counts as all zero (scale 1, z 0); NaN or Inf gives scale NaN, z 0 and codes 0.
     ``excluded_dims``: columns left out of the range; their codes are z.
     """
@@ -249,7 +250,10 @@ def linear_w4a16(
     bits: int,
     axis: int,
 ) -> Tensor:
-    """``y = x W^T`` with ``W = (q - z) * scale``, plus ``x[:, idx] O^T`` (axis 1) or ``y[:, idx] += x O^T`` (axis 0), plus bias. x (M, K) -> y (M, N), x's dtype."""
+    """``y = x W^T`` with ``W = (q - z) * scale``, plus ``x[:, idx] O^T`` (axis 1) or ``y[:, idx] += x O^T`` (axis 0), plus bias.
+
+    x (M, K) -> y (M, N) in x's dtype.
+    """
     high = _accumulator(x)
     weight = dequantize(weight_packed, scale, zero_point, x.shape[1], bits, torch.float32)
     y = _add_outliers(x.to(high) @ weight.to(high).T, x.to(high), outlier_dims, outlier_weight, axis)
@@ -276,7 +280,8 @@ def linear_w4a8(
 
         sum_g float(sum_k (qa - za)(qw - zw)) * scale[n, g], times x_scale[m]
 
-    ``x`` gives y's dtype and receives the gradient (straight-through); its values are read only where ``raw_outliers`` (axis 1) multiplies O by x[:, idx] itself.
+    ``x`` gives y's dtype and receives the gradient (straight-through); its values are read only where ``raw_outliers`` (axis 1) multiplies O by
+    x[:, idx] itself.
     ``x_sums`` lets kernels fold the zero points in; it adds nothing to the meaning.
     """
     high = _accumulator(x)
@@ -318,7 +323,8 @@ def outlier_grad(grad_y: Tensor, x: Tensor, x_scale: Tensor | None, x_zero_point
     """Gradient of the outlier weight, float32.
 
     axis 1: ``dy^T x`` with x (M, r) the activations of the outlier dimensions, already gathered -> (N, r)
-    axis 0: ``dy[:, idx]^T x`` with x (M, K) float, or uint8 codes with x_scale and x_zero_point -> (r, K)
+    axis 0: ``dy[:, idx]^T x`` with x (M, K) -> (r, K)
+    x is float, or uint8 codes with x_scale and x_zero_point.
     """
     high = _accumulator(grad_y)
     grad = grad_y.to(high)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tiny_checkpoint import save_float_model
 from transformers import AutoModel, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
-from prequant_ext import cli, hf, pipeline
+from prequant_ext import cli, pipeline
 from prequant_ext.glue import train
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import plan
@@ -162,7 +163,7 @@ def test_dry_run_is_the_plan_and_reads_no_weight(float_model, tmp_path):
     found = run("inspect", float_model, "--dry-run", "--r", "3", "--json")
     rows = plan(AutoModel.from_pretrained(float_model), pipeline.PreQuantConfig(r=3))
     assert [(row["name"], row["trainable"], row["bytes"]) for row in found["plan"]] == [(row.name, row.trainable, row.bytes) for row in rows]
-    (tmp_path / "config.json").write_text(open(f"{float_model}/config.json").read())
+    (tmp_path / "config.json").write_text(Path(float_model, "config.json").read_text())
     assert run("inspect", tmp_path, "--dry-run", "--r", "3", "--json")["plan"] == found["plan"]
 
 
@@ -181,8 +182,9 @@ def test_tables_are_plain_without_a_terminal(base):
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
 from prequant_ext import hf
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
 real = hf.save_model_dir
 class Slow:
     def __init__(self, inner): self.inner = inner
@@ -307,7 +309,3 @@ def test_doctor_passes_its_exit_code_on(monkeypatch):
     monkeypatch.setattr("prequant_ext.doctor.main", lambda arguments: {(): 0, ("--json",): 1}[tuple(arguments)])
     run("doctor")
     run("doctor", "--json", expect=1)
-
-
-def test_save_model_dir_is_the_one_writer_of_model_directories():
-    assert hf.save_model_dir.__module__ == "prequant_ext.checkpoint"

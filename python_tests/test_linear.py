@@ -187,7 +187,7 @@ def test_trains_towards_a_target():
 def test_rejects():
     with pytest.raises(ValueError, match="axis must be input or output for a single layer, got 'hidden'; \"hidden\" is decided by the role"):
         PreQuantLinear.from_linear(linear(), PreQuantConfig(), axis="hidden")
-    with pytest.raises(TypeError, match="linear must be an nn.Linear or a transformers Conv1D, got Conv2d"):
+    with pytest.raises(TypeError, match=r"linear must be an nn\.Linear or a transformers Conv1D, got Conv2d"):
         PreQuantLinear.from_linear(nn.Conv2d(1, 1, 1), PreQuantConfig())
     with pytest.raises(ValueError, match="x has K = 63 but the layer has in_features = 64"):
         PreQuantLinear.from_linear(linear(), PreQuantConfig())(torch.zeros(2, 63))

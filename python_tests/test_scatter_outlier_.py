@@ -33,7 +33,7 @@ def test_rejects(device):
     dims = torch.tensor([1, 2], device=device)
     with pytest.raises(RuntimeError, match=r"outlier_weight must have shape \(2, 6\), got \(4, 2\)"):
         ops.scatter_outlier_(dense, dims, values, 0, False)
-    with pytest.raises(RuntimeError, match="axis must be 1 .input columns. or 0 .output rows., got 2"):
+    with pytest.raises(RuntimeError, match=r"axis must be 1 \(input columns\) or 0 \(output rows\), got 2"):
         ops.scatter_outlier_(dense, dims, values, 2, False)
     with pytest.raises(RuntimeError, match="dense must be contiguous"):
         ops.scatter_outlier_(torch.zeros(6, 4, device=device).T, dims, values, 1, False)

@@ -56,6 +56,14 @@ def test_trap_1_a_checkpoint_opened_without_prequant_ext_fails_loudly(tmp_path):
     assert "mismatch" in run.stderr and "RuntimeError" in run.stderr
 
 
+def test_trap_1_saving_what_would_not_fail_loudly_warns(tmp_path, recwarn):
+    """Eight bits everywhere: the codes have the shape of the weights."""
+    quantized_toy("bert", PreQuantConfig(r=2, layer_bits=[8, 4])).save_pretrained(tmp_path)
+    assert not [warning for warning in recwarn if issubclass(warning.category, PreQuantWarning)]
+    with pytest.warns(PreQuantWarning, match="takes the codes for weights"):
+        quantized_toy("bert", PreQuantConfig(r=2, bits=8)).save_pretrained(tmp_path)
+
+
 def test_trap_1_saved_keys_are_the_float_names_with_nothing_leaked(tmp_path):
     model = make_toy("bert")
     names = {name for name in model.state_dict() if not name.endswith("position_ids")}
