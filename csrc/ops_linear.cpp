@@ -3,7 +3,8 @@
 
 namespace prequant {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_activations(const Tensor& x, bool per_token, int64_t group_size, const std::optional<Tensor>& excluded_dims) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_activations(const Tensor& x, bool per_token, int64_t group_size,
+                                                                const std::optional<Tensor>& excluded_dims) {
     check_matrix(x, "x");
     const Tensor x_ = row_major(x);
     const Matrix view = matrix(x_, "x");
@@ -20,10 +21,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_activations(const Tensor& x,
     const int64_t ranges = per_token ? M : 1;
     Tensor codes = empty_on(x, {M, K}, ScalarType::Byte), scale = empty_on(x, {ranges, 1}, ScalarType::Float);
     Tensor zero_point = empty_on(x, {ranges, 1}, ScalarType::Byte), sums = empty_on(x, {M, G}, ScalarType::Int);
-    device.require(&Kernels::quantize_activations, "quantize_activations")(
-        view, per_token, G, excluded_dims ? excluded_.const_data_ptr<int64_t>() : nullptr, excluded_dims ? excluded_.size(0) : 0,
-        codes.mutable_data_ptr<uint8_t>(), scale.mutable_data_ptr<float>(), zero_point.mutable_data_ptr<uint8_t>(), sums.mutable_data_ptr<int32_t>(),
-        device.stream());
+    device.require(&Kernels::quantize_activations, "quantize_activations")(view, per_token, G, excluded_dims ? excluded_.const_data_ptr<int64_t>() : nullptr,
+                                                                           excluded_dims ? excluded_.size(0) : 0, codes.mutable_data_ptr<uint8_t>(),
+                                                                           scale.mutable_data_ptr<float>(), zero_point.mutable_data_ptr<uint8_t>(),
+                                                                           sums.mutable_data_ptr<int32_t>(), device.stream());
     return {codes, scale, zero_point, sums};
 }
 
@@ -81,9 +82,9 @@ Tensor linear_w4a16(const Tensor& x, const Tensor& weight_packed, const Tensor& 
     return y;
 }
 
-Tensor linear_w4a8(const Tensor& x, const Tensor& x_codes, const Tensor& x_scale, const Tensor& x_zero_point, const Tensor& x_sums,
-                   const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims, const Tensor& outlier_weight,
-                   const std::optional<Tensor>& bias, int64_t bits, int64_t axis, bool raw_outliers) {
+Tensor linear_w4a8(const Tensor& x, const Tensor& x_codes, const Tensor& x_scale, const Tensor& x_zero_point, const Tensor& x_sums, const Tensor& weight_packed,
+                   const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims, const Tensor& outlier_weight, const std::optional<Tensor>& bias,
+                   int64_t bits, int64_t axis, bool raw_outliers) {
     check_matrix(x, "x");
     const int64_t M = x.size(0), K = x.size(1), N = weight_packed.size(0);
     const WeightArguments weight(weight_packed, scale, zero_point, K, bits, "x");
@@ -185,8 +186,8 @@ Tensor scale_grad(const Tensor& grad_y, const Tensor& x, const std::optional<Ten
     const std::optional<ActivationArguments> activations = saved_activations(x, x_scale, x_zero_point);
     const Tensor grad_ = row_major(grad_y), x_ = row_major(x), packed_ = row_major(weight_packed), zero_point_ = row_major(zero_point);
     const FloatOrCodes source = float_or_codes(x_, activations);
-    const Weight weight{packed_.const_data_ptr<uint8_t>(), nullptr, zero_point_.const_data_ptr<uint8_t>(), N, K, zero_point.size(0), zero_point.size(1),
-                        container_bits(bits)};
+    const Weight weight{
+        packed_.const_data_ptr<uint8_t>(), nullptr, zero_point_.const_data_ptr<uint8_t>(), N, K, zero_point.size(0), zero_point.size(1), container_bits(bits)};
     const Device device(grad_y);
     Tensor gradient = empty_on(grad_y, {N, zero_point.size(1)}, ScalarType::Float);
     device.require(&Kernels::scale_grad, "scale_grad")(matrix(grad_, "grad_y"), source.floats, source.codes, weight, gradient.mutable_data_ptr<float>(),

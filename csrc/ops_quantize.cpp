@@ -9,7 +9,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weight_stats(const Tensor& weight, in
     const Matrix view = matrix(weight_, "weight");
     const int64_t N = view.rows, K = view.cols;
     STD_TORCH_CHECK(N > 0 && K > 0, "weight is empty: shape ", shape_of(weight));
-    STD_TORCH_CHECK(block_size == N * K || (block_size > 0 && K % block_size == 0), "block_size must be N * K = ", N * K, " or divide K = ", K, ", got ", block_size);
+    STD_TORCH_CHECK(block_size == N * K || (block_size > 0 && K % block_size == 0), "block_size must be N * K = ", N * K, " or divide K = ", K, ", got ",
+                    block_size);
     const int64_t rows = block_size == N * K ? 1 : N, cols = block_size == N * K ? 1 : K / block_size;
     const Device device(weight);
     const auto empty = [&] { return empty_on(weight, {rows, cols}, ScalarType::Double); };
@@ -48,8 +49,8 @@ Tensor select_outlier_dims(const Tensor& counts, const Tensor& energy, int64_t r
     const Device device(counts);
     Tensor dims = empty_on(counts, {r}, ScalarType::Long);
     const Tensor counts_ = row_major(counts), energy_ = row_major(energy);
-    device.require(&Kernels::select_outlier_dims, "select_outlier_dims")(counts_.const_data_ptr<int64_t>(), energy_.const_data_ptr<int64_t>(), counts.size(0), r,
-                                                                         dims.mutable_data_ptr<int64_t>(), device.stream());
+    device.require(&Kernels::select_outlier_dims, "select_outlier_dims")(counts_.const_data_ptr<int64_t>(), energy_.const_data_ptr<int64_t>(), counts.size(0),
+                                                                         r, dims.mutable_data_ptr<int64_t>(), device.stream());
     return dims;
 }
 

@@ -34,8 +34,7 @@ Tensor prepack(const Tensor& weight_packed, int64_t K, int64_t bits) {
     const Device device(weight_packed);
     Tensor prepacked = empty_on(weight_packed, {ceil_div(N, kPanelRows), panel_words(K, container), kPanelRows * kWordBytes}, ScalarType::Byte);
     const Tensor packed_ = row_major(weight_packed);
-    device.require(&Kernels::prepack, "prepack")(packed_.const_data_ptr<uint8_t>(), N, K, container, prepacked.mutable_data_ptr<uint8_t>(),
-                                                 device.stream());
+    device.require(&Kernels::prepack, "prepack")(packed_.const_data_ptr<uint8_t>(), N, K, container, prepacked.mutable_data_ptr<uint8_t>(), device.stream());
     return prepacked;
 }
 
@@ -44,9 +43,9 @@ Tensor unprepack(const Tensor& prepacked, int64_t N, int64_t K, int64_t bits) {
     check_dtype(prepacked, "prepacked", ScalarType::Byte);
     const int container = container_bits(bits);
     const int64_t panels = ceil_div(N, kPanelRows), words = panel_words(K, container);
-    STD_TORCH_CHECK(N >= 0 && K >= 0 && prepacked.dim() == 3 && prepacked.size(0) == panels && prepacked.size(1) == words &&
-                        prepacked.size(2) == kPanelRows * kWordBytes,
-                    "prepacked must have shape (", panels, ", ", words, ", ", kPanelRows * kWordBytes, ") for N = ", N, ", K = ", K, ", got ", shape_of(prepacked));
+    STD_TORCH_CHECK(
+        N >= 0 && K >= 0 && prepacked.dim() == 3 && prepacked.size(0) == panels && prepacked.size(1) == words && prepacked.size(2) == kPanelRows * kWordBytes,
+        "prepacked must have shape (", panels, ", ", words, ", ", kPanelRows * kWordBytes, ") for N = ", N, ", K = ", K, ", got ", shape_of(prepacked));
     const Device device(prepacked);
     Tensor packed = empty_on(prepacked, {N, packed_row_bytes(K, container)}, ScalarType::Byte);
     const Tensor prepacked_ = row_major(prepacked);
@@ -60,7 +59,8 @@ Tensor dequantize(const Tensor& weight_packed, const Tensor& scale, const Tensor
     const WeightArguments weight(weight_packed, scale, zero_point, K, bits, "dequantize");
     check_float(dtype, "dtype");
     const int64_t N = weight_packed.size(0), end = row_end.value_or(N);
-    STD_TORCH_CHECK(0 <= row_begin && row_begin <= end && end <= N, "rows must be a range inside 0 to ", N, ", got row_begin = ", row_begin, " and row_end = ", end);
+    STD_TORCH_CHECK(0 <= row_begin && row_begin <= end && end <= N, "rows must be a range inside 0 to ", N, ", got row_begin = ", row_begin,
+                    " and row_end = ", end);
     const Device device(weight_packed);
     Tensor dense = empty_on(weight_packed, {end - row_begin, K}, dtype);
     device.require(&Kernels::dequantize, "dequantize")(weight.view(), row_begin, mutable_matrix(dense, "dtype"), device.stream());

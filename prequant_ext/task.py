@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from prequant_ext.checkpoint import default_mode
 from prequant_ext.config import FORMAT_VERSION
 from prequant_ext.embedding import PreQuantEmbedding
 from prequant_ext.linear import PreQuantLinear
@@ -84,9 +85,7 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)  # mkstemp makes private files; a task file is as readable as any other
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
+        os.chmod(temporary, default_mode())  # mkstemp makes private files; a task file is as readable as any other
         os.replace(temporary, target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

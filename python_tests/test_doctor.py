@@ -145,11 +145,19 @@ def test_minimum_torch_is_the_same_everywhere():
     assert (ROOT / "pyproject.toml").read_text().count(f'"torch>={_native.MINIMUM_TORCH}"') == 2
 
 
+# An editable install would lend the copy its own library.
+AS_A_MODULE = """
+import runpy, sys
+sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
+runpy.run_module("prequant_ext", run_name="__main__")
+"""
+
+
 def _broken_copy(folder: Path, library: bytes | None) -> subprocess.CompletedProcess:
     shutil.copytree(ROOT / "prequant_ext", folder / "prequant_ext", ignore=shutil.ignore_patterns("__pycache__", "_C*"))
     if library is not None:
         (folder / "prequant_ext" / "_C.abi3.so").write_bytes(library)
-    return subprocess.run([sys.executable, "-m", "prequant_ext"], cwd=folder, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", AS_A_MODULE], cwd=folder, capture_output=True, text=True)
 
 
 def test_a_tree_that_is_not_built_says_so(tmp_path):

@@ -294,15 +294,24 @@ def grid(arm, scores, seed=0):
 
 
 def test_grids_have_the_same_size():
-    assert {len(rates) for rates in compare.GRID.values()} == {3}
+    assert {len(rates) for rates in compare.GRID.values()} == {4}
 
 
 def test_other_seeds_wait_for_the_grid_and_run_at_its_best_rate():
-    lines = grid("prequant", [0.7, 0.9, 0.8])[:2]
+    lines = grid("prequant", [0.7, 0.9, 0.8, 0.8])[:2]
     waiting = list(compare.ready(lines, ["sst2"], ["prequant"], [0, 1, 2]))
-    assert [run.seed for run in waiting] == [0, 0, 0]
-    lines = grid("prequant", [0.7, 0.9, 0.9])
-    assert [(run.lr, run.seed) for run in compare.ready(lines, ["sst2"], ["prequant"], [0, 1, 2])][3:] == [(5e-3, 1), (5e-3, 2)]
+    assert [run.seed for run in waiting] == [0, 0, 0, 0]
+    lines = grid("prequant", [0.7, 0.9, 0.9, 0.8])
+    assert [(run.lr, run.seed) for run in compare.ready(lines, ["sst2"], ["prequant"], [0, 1, 2])][4:] == [(5e-3, 1), (5e-3, 2)]
+
+
+def test_one_task_can_search_the_rates_of_all():
+    lines = grid("prequant", [0.7, 0.9, 0.9, 0.8])
+    runs = list(compare.ready(lines, ["sst2", "mrpc"], ["prequant"], [0, 1], search_task="sst2"))
+    assert [(run.task, run.lr, run.seed) for run in runs[4:]] == [("sst2", 5e-3, 1), ("mrpc", 5e-3, 0), ("mrpc", 5e-3, 1)]
+    lines += [line("prequant", 5e-3, seed, 0.75, task="mrpc") for seed in (0, 1)]
+    assert [found["seed"] for found in compare.chosen(lines, "mrpc", "prequant")] == [0, 1]
+    assert "learning rates tried on sst2 with seed 0" in "\n".join(compare.table_lines(lines)).rpartition("mrpc:")[2]
 
 
 def test_a_line_cut_off_by_a_kill_does_not_count(tmp_path):
@@ -312,7 +321,7 @@ def test_a_line_cut_off_by_a_kill_does_not_count(tmp_path):
 
 
 def test_table_shows_the_best_rate_of_each_method_and_the_bootstrap():
-    lines = [*grid("ft", [0.70, 0.80, 0.75]), *grid("prequant", [0.6, 0.78, 0.7]), *grid("random", [0.6, 0.5, 0.4])]
+    lines = [*grid("ft", [0.70, 0.80, 0.75, 0.7]), *grid("prequant", [0.6, 0.78, 0.7, 0.6]), *grid("random", [0.6, 0.5, 0.4, 0.3])]
     lines += [line("prequant", 5e-3, 1, 0.80), line("ft", 5e-5, 1, 0.80), line("random", 2e-3, 1, 0.58, predictions="0000")]
     text = "\n".join(compare.table_lines(lines))
     assert "| sst2 (accuracy) | full fine-tuning | 5e-05 | 80.00 (80.00, 80.00) | 100.0 % |" in text

@@ -1,6 +1,9 @@
 """PreQuantLinear: the one layer."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,3 +200,40 @@ def test_rejects():
     bad.weight.data[3, 3] = float("nan")
     with pytest.raises(ValueError, match=r"query"):
         PreQuantLinear.from_linear(bad, PreQuantConfig(), name="query")
+
+
+PEAK_SCRIPT = """
+import re, torch
+from pathlib import Path
+from torch import nn
+from prequant_ext import PreQuantConfig, PreQuantLinear
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+def step(layer, x):
+    layer(x).sum().backward()
+
+warm = PreQuantLinear.from_linear(nn.Linear(64, 64), PreQuantConfig({settings}), axis="{axis}")
+step(warm, torch.randn(16, 64, requires_grad=True))
+layer = PreQuantLinear.from_linear(nn.Linear(4096, 4096), PreQuantConfig({settings}), axis="{axis}")
+x = torch.randn(16, 4096, requires_grad=True)
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+before = peak()
+step(layer, x)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("axis", ["input", "output"])
+@pytest.mark.parametrize("settings", ["", "activation_bits=None", "r=0, train_scales=True"], ids=["w4a8", "w4a16", "alpha"])
+def test_a_step_never_holds_a_dense_weight(settings, axis):
+    """Forward and backward of a 4096 x 4096 layer: a dense copy, or a dense gradient, would be 67 MB in float32."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("this system does not reset a process's peak memory")
+    script = PEAK_SCRIPT.replace("{settings}", settings).replace("{axis}", axis)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 12e6

@@ -74,8 +74,7 @@ inline void store_quads_by_words(const Weight& weight, int64_t n, int64_t rows, 
             const int64_t valid = depth - w * per_word - 4 * j;  // a word's last codes may be the next group's
             if (valid <= 0) return;
             const __m512i kept = _mm512_set1_epi32(valid >= 4 ? -1 : (1 << (8 * valid)) - 1);
-            for (int half = 0; half < 2; ++half)
-                _mm512_store_si512(quads + (w * per_word / 4 + j) * 128 + half * 64, _mm512_and_si512(spread[half][j], kept));
+            for (int half = 0; half < 2; ++half) _mm512_store_si512(quads + (w * per_word / 4 + j) * 128 + half * 64, _mm512_and_si512(spread[half][j], kept));
         }
     });
 }
@@ -122,7 +121,8 @@ inline void add_quads(__m512i& sum, __m512i codes, __m512i weights) { __asm__("v
 
 // products[i * kTileColumns + c] for Rows rows of codes, `stride` apart, with their zero points and sums; whole quads only.
 template <int Rows>
-void multiply_integer_tile(const IntegerPanel& panel, const uint8_t* codes, int64_t stride, const int32_t* zero_points, const int32_t* sums, int32_t* products) {
+void multiply_integer_tile(const IntegerPanel& panel, const uint8_t* codes, int64_t stride, const int32_t* zero_points, const int32_t* sums,
+                           int32_t* products) {
     __m512i totals[Rows][2];  // every loop over Rows is unrolled, so that they are registers
 #pragma GCC unroll 12
     for (int i = 0; i < Rows; ++i) totals[i][0] = totals[i][1] = _mm512_setzero_si512();
@@ -162,8 +162,8 @@ inline void multiply_integer_rest(const IntegerPanel& panel, int64_t rows, const
                 products[i * kTileColumns + c] += codes[i * stride + k] * panel.quads[(k / 4 * kTileColumns + c) * 4 + k % 4];
 }
 
-inline void multiply_integer_panel(const IntegerPanel& panel, int64_t rows, const uint8_t* codes, int64_t stride, const int32_t* zero_points, const int32_t* sums,
-                                   int32_t* products) {
+inline void multiply_integer_panel(const IntegerPanel& panel, int64_t rows, const uint8_t* codes, int64_t stride, const int32_t* zero_points,
+                                   const int32_t* sums, int32_t* products) {
     using Multiply = void (*)(const IntegerPanel&, const uint8_t*, int64_t, const int32_t*, const int32_t*, int32_t*);
     static constexpr Multiply kByRows[] = {nullptr,
                                            multiply_integer_tile<1>,

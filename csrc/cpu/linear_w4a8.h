@@ -17,8 +17,8 @@ constexpr int64_t kIntegerRows = 512;
 constexpr int64_t kOutlierDepth = 512;  // outliers whose weights are put into one float panel
 
 // sums (rows, kTileColumns): the float sums of a task's products, before x_scale.
-inline void integer_product(const Activations& x, int64_t m, int64_t rows, const Weight& weight, int64_t n, int64_t columns, void* panel_memory, int64_t* long_sums,
-                            float* sums) {
+inline void integer_product(const Activations& x, int64_t m, int64_t rows, const Weight& weight, int64_t n, int64_t columns, void* panel_memory,
+                            int64_t* long_sums, float* sums) {
     const int64_t K = weight.K, G = weight.G, size = K / G;
     IntegerPanel panel;
     std::memset(sums, 0, static_cast<size_t>(rows * kTileColumns) * sizeof(float));

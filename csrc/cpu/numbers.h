@@ -26,8 +26,7 @@ inline T larger(T a, T b) {
 // body(begin, end) over ranges of 0 .. tasks; `task_cost` in nanoseconds, roughly.
 template <typename Body>
 inline void parallel_for(int64_t tasks, int64_t task_cost, const Body& body) {
-    parallel_ranges(
-        tasks, task_cost, [](int64_t begin, int64_t end, const void* context) { (*static_cast<const Body*>(context))(begin, end); }, &body);
+    parallel_ranges(tasks, task_cost, [](int64_t begin, int64_t end, const void* context) { (*static_cast<const Body*>(context))(begin, end); }, &body);
 }
 
 // Half to even, for |x| below 2^22: the addition leaves no bits behind the point. Vectorizes on every CPU, unlike rintf.

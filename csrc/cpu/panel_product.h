@@ -16,15 +16,16 @@ constexpr int64_t kProductRows = 256;   // rows of a in a task: a panel is built
 constexpr int64_t kProductDepth = 512;  // a multiple of the codes in 4 bytes of every container
 constexpr int64_t kStripPanels = 8;
 
-// build(column, columns, begin, count, panel, scratch) fills panel[k * kTileColumns + i] for depths begin .. begin + count and columns column .. column + columns,
-// zero for i >= columns; scratch is kProductDepth * kTileColumns bytes.
+// build(column, columns, begin, count, panel, scratch) fills panel[k * kTileColumns + i] for depths begin .. begin + count and columns column .. column +
+// columns, zero for i >= columns; scratch is kProductDepth * kTileColumns bytes.
 template <typename Build>
 inline void panel_product(const Matrix& a, int64_t columns, const float* bias, const MutableMatrix& out, const Build& build) {
     const int64_t M = a.rows, depth = a.cols;
     const int64_t panels = ceil_div(columns, kTileColumns), row_blocks = ceil_div(M, kProductRows);
     const int64_t rows_a_task = ceil_div(M, row_blocks > 0 ? row_blocks : 1);
     parallel_for(row_blocks * panels, (rows_a_task + 8) * depth * kTileColumns / 64, [&](int64_t task, int64_t task_end) {
-        constexpr int64_t kBlockFloats = kProductRows * kProductDepth, kSumFloats = kProductRows * kStripPanels * kTileColumns, kPanelFloats = kProductDepth * kTileColumns;
+        constexpr int64_t kBlockFloats = kProductRows * kProductDepth, kSumFloats = kProductRows * kStripPanels * kTileColumns,
+                          kPanelFloats = kProductDepth * kTileColumns;
         float* const block = static_cast<float*>(thread_scratch((kBlockFloats + kSumFloats + kPanelFloats) * 4 + kPanelFloats));
         float* const sums = block + kBlockFloats;
         float* const panel = sums + kSumFloats;

@@ -26,9 +26,21 @@ struct Range {
 };
 
 inline Range range_of(const float* values, int64_t count) {
-    constexpr int64_t kStep = 64;
+#if PREQUANT_AVX512
+    __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
+    __m512i magnitude = _mm512_setzero_si512();  // as integers, NaN and Inf are the largest
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 mask = static_cast<__mmask16>(count - i >= 16 ? 0xffff : (1 << (count - i)) - 1);
+        const __m512 x = _mm512_maskz_loadu_ps(mask, values + i);
+        low = _mm512_min_ps(low, x);
+        high = _mm512_max_ps(high, x);
+        magnitude = _mm512_max_epu32(magnitude, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
+    }
+    return {_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high), _mm512_reduce_max_epu32(magnitude) < 0x7f800000u};
+#else
+    constexpr int64_t kStep = 16;
     float low[kStep] = {}, high[kStep] = {};
-    uint32_t magnitude[kStep] = {};
+    uint32_t magnitude[kStep] = {};  // as integers, NaN and Inf are the largest
     const auto include = [&](const float* row, int64_t width) {
         for (int64_t l = 0; l < width; ++l) {
             low[l] = row[l] < low[l] ? row[l] : low[l];
@@ -43,6 +55,7 @@ inline Range range_of(const float* values, int64_t count) {
     Range range;
     for (int64_t l = 0; l < kStep; ++l) range.include({low[l], high[l], magnitude[l] < 0x7f800000});
     return range;
+#endif
 }
 
 struct Coding {
@@ -73,7 +86,8 @@ inline int32_t encode(const float* values, int64_t count, const Coding& coding, 
     __m512i sums = _mm512_setzero_si512();
     for (; i < count; i += 16) {
         const __mmask16 mask = static_cast<__mmask16>(count - i >= 16 ? 0xffff : (1 << (count - i)) - 1);
-        const __m512i rounded = _mm512_cvt_roundps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, values + i), inverse), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const __m512i rounded =
+            _mm512_cvt_roundps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, values + i), inverse), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         const __m512i code = _mm512_max_epi32(_mm512_setzero_si512(), _mm512_min_epi32(_mm512_set1_epi32(255), _mm512_add_epi32(rounded, zero)));
         _mm_mask_storeu_epi8(codes + i, mask, _mm512_cvtepi32_epi8(code));
         sums = _mm512_mask_add_epi32(sums, mask, sums, code);

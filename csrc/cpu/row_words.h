@@ -39,7 +39,8 @@ inline void load_words(const uint8_t* first, int64_t row_bytes, int64_t rows, in
     }
 }
 
-// body(w, words of rows 0 .. 15, words of rows 16 .. 31) for each word w that holds codes k_begin .. k_end of 32 rows from n; k_begin is the first code of a word.
+// body(w, words of rows 0 .. 15, words of rows 16 .. 31) for each word w that holds codes k_begin .. k_end of 32 rows from n; k_begin is the first code of a
+// word.
 template <typename Body>
 inline void for_each_word(const Weight& weight, int64_t n, int64_t rows, int64_t k_begin, int64_t k_end, const Body& body) {
     const int64_t row_bytes = packed_row_bytes(weight.K, weight.container), first = k_begin * weight.container / 8;

@@ -18,7 +18,8 @@ inline void scale_grad(Matrix grad_y, Matrix x, Activations codes, Weight weight
     const int64_t M = grad_y.rows, N = weight.N, K = weight.K, G = weight.G, size = K / G;
     weight.scale = nullptr;
     parallel_for(ceil_div(N, kTileColumns), M * K, [&](int64_t begin, int64_t end) {
-        float* const block = static_cast<float*>(thread_scratch((kRows * kDepth + (kDepth + kRows) * kTileColumns) * static_cast<int64_t>(sizeof(float)) + kDepth));
+        float* const block =
+            static_cast<float*>(thread_scratch((kRows * kDepth + (kDepth + kRows) * kTileColumns) * static_cast<int64_t>(sizeof(float)) + kDepth));
         float* const panel = block + kRows * kDepth;
         float* const sums = panel + kDepth * kTileColumns;
         uint8_t* const scratch = reinterpret_cast<uint8_t*>(sums + kRows * kTileColumns);

@@ -17,7 +17,7 @@ namespace prequant::PREQUANT_LEVEL {
 
 constexpr int kTileRows = PREQUANT_AVX512 ? 12 : 6;
 constexpr int kTileColumns = 2 * kLanes;
-constexpr int64_t kRunDepth = 64;
+constexpr int64_t kRunDepth = PREQUANT_AVX512 ? 64 : 32;  // unfused, each step rounds twice
 
 // Element (row i, depth k) of a is a[i * stride + k], or a[k * stride + i] where Transposed.
 template <int Rows, bool Transposed>
@@ -54,11 +54,19 @@ inline void multiply_panel(int64_t rows, int64_t depth, const float* a, int64_t 
     using Multiply = void (*)(int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t);
     static constexpr Multiply kByRows[] = {
         nullptr,
-        multiply_tile<1, Transposed>, multiply_tile<2, Transposed>, multiply_tile<3, Transposed>,
-        multiply_tile<4, Transposed>, multiply_tile<5, Transposed>, multiply_tile<6, Transposed>,
+        multiply_tile<1, Transposed>,
+        multiply_tile<2, Transposed>,
+        multiply_tile<3, Transposed>,
+        multiply_tile<4, Transposed>,
+        multiply_tile<5, Transposed>,
+        multiply_tile<6, Transposed>,
 #if PREQUANT_AVX512
-        multiply_tile<7, Transposed>, multiply_tile<8, Transposed>, multiply_tile<9, Transposed>,
-        multiply_tile<10, Transposed>, multiply_tile<11, Transposed>, multiply_tile<12, Transposed>,
+        multiply_tile<7, Transposed>,
+        multiply_tile<8, Transposed>,
+        multiply_tile<9, Transposed>,
+        multiply_tile<10, Transposed>,
+        multiply_tile<11, Transposed>,
+        multiply_tile<12, Transposed>,
 #endif
     };
     for (int64_t tiles = ceil_div(rows, kTileRows), i = 0; tiles > 0; --tiles) {

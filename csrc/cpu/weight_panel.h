@@ -61,16 +61,37 @@ inline void forward_panel(const Weight& weight, int64_t n, int64_t rows, int64_t
 
 #if PREQUANT_AVX512
 // 16 consecutive codes from a byte boundary.
-inline __m512i load_16_codes(const uint8_t* bytes, int container) {
-    if (container == 8) return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-    if (container == 4) {  // 8 bytes to 8 words of 64 bits, whose halves take a nibble each
+template <int Container>
+inline __m512i load_16_codes(const uint8_t* bytes) {
+    if constexpr (Container == 8) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    } else if constexpr (Container == 4) {  // 8 bytes to 8 words of 64 bits, whose halves take a nibble each
         const __m512i pairs = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
         return _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi64(pairs, 28)), _mm512_set1_epi32(15));
+    } else {
+        int word;
+        std::memcpy(&word, bytes, sizeof word);
+        const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        return _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(word), shifts), _mm512_set1_epi32(3));
     }
-    int word;
-    std::memcpy(&word, bytes, sizeof word);
-    const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    return _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(word), shifts), _mm512_set1_epi32(3));
+}
+
+// backward_panel for whole panels whose halves lie in one block each.
+template <int Container>
+inline void backward_panel_by_halves(const Weight& weight, int64_t begin, int64_t count, int64_t k, float* panel) {
+    const uint8_t* bytes = weight.row(begin) + k * Container / 8;
+    const int64_t row_bytes = packed_row_bytes(weight.K, Container), block_step = weight.scale_rows == 1 ? 0 : weight.G;
+    int64_t blocks[2] = {weight.block(begin, k), weight.block(begin, k + kLanes)};
+    for (int64_t n = 0; n < count; ++n) {
+        for (int half = 0; half < 2; ++half) {
+            const __m512i code = load_16_codes<Container>(bytes + half * kLanes * Container / 8);
+            const __m512 signed_code = _mm512_cvtepi32_ps(_mm512_sub_epi32(code, _mm512_set1_epi32(weight.zero_point[blocks[half]])));
+            store(panel + half * kLanes, _mm512_mul_ps(signed_code, broadcast(weight.scale[blocks[half]])));
+            blocks[half] += block_step;
+        }
+        bytes += row_bytes;
+        panel += kTileColumns;
+    }
 }
 #endif
 
@@ -78,14 +99,11 @@ inline __m512i load_16_codes(const uint8_t* bytes, int container) {
 inline void backward_panel(const Weight& weight, int64_t begin, int64_t count, int64_t k, int64_t columns, float* panel, uint8_t* codes) {
 #if PREQUANT_AVX512
     if (columns == kTileColumns && (weight.G == 1 || weight.K / weight.G % kLanes == 0)) {
-        for (int64_t n = 0; n < count; ++n)
-            for (int half = 0; half < 2; ++half) {
-                const int64_t first = k + half * kLanes, block = weight.block(begin + n, first);
-                const __m512i code = load_16_codes(weight.row(begin + n) + first * weight.container / 8, weight.container);
-                const __m512 signed_code = _mm512_cvtepi32_ps(_mm512_sub_epi32(code, _mm512_set1_epi32(weight.zero_point[block])));
-                store(panel + n * kTileColumns + half * kLanes, _mm512_mul_ps(signed_code, broadcast(weight.scale[block])));
-            }
-        return;
+        switch (weight.container) {
+            case 2: return backward_panel_by_halves<2>(weight, begin, count, k, panel);
+            case 4: return backward_panel_by_halves<4>(weight, begin, count, k, panel);
+            default: return backward_panel_by_halves<8>(weight, begin, count, k, panel);
+        }
     }
 #endif
     for (int64_t n = 0; n < count; ++n) {

@@ -3,7 +3,7 @@
     python -m prequant_ext.glue.compare --tasks sst2,mrpc --seeds 0,1,2 --methods ft,prequant,random -o runs.jsonl
     python -m prequant_ext.glue.compare table runs.jsonl
 
-Every method searches a grid of three learning rates with the lowest seed and runs the other seeds at the best one. One process a run, one line a run in
+Every method searches a grid of four learning rates with the lowest seed, on each task or (--search-task) on one of them, and runs the other seeds at the best. One process a run, one line a run in
 runs.jsonl; runs that are there already are skipped, so an interrupted experiment goes on when started again. The table is made from the lines alone.
 """
 
@@ -23,7 +23,7 @@ import typer
 from prequant_ext.glue import metrics
 from prequant_ext.glue.tasks import get_task, load_rows
 
-GRID = {"ft": (3e-5, 5e-5, 1e-4), "prequant": (2e-3, 5e-3, 1e-2), "random": (2e-3, 5e-3, 1e-2)}
+GRID = {"ft": (3e-5, 5e-5, 1e-4, 2e-4), "prequant": (2e-3, 5e-3, 1e-2, 2e-2), "random": (2e-3, 5e-3, 1e-2, 2e-2)}
 TITLES = {"ft": "full fine-tuning", "prequant": "PreQuant, outlier dimensions", "random": "PreQuant, random dimensions"}
 LIMITS = {"sst2": {"max_train": 4000, "max_length": 64}}  # rows and tokens of single tasks; the rest: all rows, 128 tokens
 EPOCHS, BATCH = 3, 32
@@ -71,16 +71,21 @@ def best_rate(lines: Sequence[Line], task: str, method: str, seed: int) -> float
     return max(rates, key=lambda rate: (grid[rate], -rate))
 
 
-def ready(lines: Sequence[Line], tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
-    """Every run of the experiment that can be started with what ``lines`` tell: the grid of the lowest seed, then the other seeds at the best rate."""
+def ready(lines: Sequence[Line], tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int], search_task: str | None = None) -> Iterator[Run]:
+    """Every run of the experiment that can be started with what ``lines`` tell: the grid of the lowest seed, then the other seeds at the best rate.
+
+    ``search_task``: the one task whose grid is searched; the others run at its rates. None: each task searches its own.
+    """
+    for task in tasks:
+        if search_task in (None, task):
+            for method in methods:
+                yield from (Run(task, method, rate, seeds[0]) for rate in GRID[method])
     for task in tasks:
         for method in methods:
-            yield from (Run(task, method, rate, seeds[0]) for rate in GRID[method])
-    for task in tasks:
-        for method in methods:
-            rate = best_rate(lines, task, method, seeds[0])
+            rate = best_rate(lines, search_task or task, method, seeds[0])
             if rate is not None:
-                yield from (Run(task, method, rate, seed) for seed in seeds[1:])
+                first = 1 if search_task in (None, task) else 0  # the grid has run the lowest seed already
+                yield from (Run(task, method, rate, seed) for seed in seeds[first:])
 
 
 def perform(run: Run, settings: dict[str, Any], threads: int) -> Line:
@@ -101,6 +106,7 @@ def compare(
     methods: Annotated[str, typer.Option(help="of ft, prequant, random")] = "ft,prequant,random",
     out: Annotated[Path, typer.Option("-o", "--out", help="one JSON line a run; finished runs in it are skipped")] = Path("runs.jsonl"),
     model: Annotated[str, typer.Option(help="float model: a directory, a hub name, or minilm")] = "minilm",
+    search_task: Annotated[str | None, typer.Option(help="search the learning rates on this task only, and use them for all")] = None,
     data_dir: Annotated[str | None, typer.Option(help="folder of <task>/{train,validation}.jsonl[.gz]")] = None,
     data: Annotated[str, typer.Option(help="glue or synthetic")] = "glue",
     threads: Annotated[int, typer.Option(help="of each run")] = 1,
@@ -126,7 +132,7 @@ def compare(
     with ThreadPoolExecutor(jobs) as pool:
         while True:
             taken = {run_of(line) for line in lines} | set(running.values()) | failed
-            for run in ready(lines, task_names, method_names, seed_numbers):
+            for run in ready(lines, task_names, method_names, seed_numbers, search_task):
                 if len(running) < jobs and run not in taken:
                     running[pool.submit(perform, run, run.settings(path, data_dir, data), threads)] = run
                     taken.add(run)
@@ -151,12 +157,18 @@ def compare(
 
 
 def chosen(lines: Sequence[Line], task: str, method: str) -> list[Line]:
-    """One line a seed, at the best learning rate of the lowest seed. Empty while the grid is incomplete."""
+    """One line a seed, at the best learning rate of the lowest seed, found on this task or on the one that was searched for all."""
     of_arm = [line for line in lines if (line["task"], line["arm"]) == (task, method)]
     if not of_arm:
         return []
-    rate = best_rate(lines, task, method, min(line["seed"] for line in of_arm))
+    rate = best_rate(lines, searched_task(lines, task, method), method, min(line["seed"] for line in of_arm))
     return sorted((line for line in of_arm if line["lr"] == rate), key=lambda line: line["seed"])
+
+
+def searched_task(lines: Sequence[Line], task: str, method: str) -> str:
+    """The task whose grid gave ``task`` its learning rate: its own where it has run at more than one."""
+    rates = {name: {line["lr"] for line in lines if (line["task"], line["arm"]) == (name, method)} for name in dict.fromkeys(line["task"] for line in lines)}
+    return task if len(rates[task]) > 1 else max(rates, key=lambda name: len(rates[name]))
 
 
 def correctness(lines: Sequence[Line], labels: np.ndarray) -> np.ndarray:
@@ -169,7 +181,7 @@ def table_lines(lines: Sequence[Line]) -> Iterator[str]:
     yield "| task | method | learning rate | score, mean of seeds (each) | of full fine-tuning | trained | model | peak memory | seconds |"
     yield "|---|---|---|---|---|---|---|---|---|"
     names = list(dict.fromkeys(line["task"] for line in lines))
-    notes = []
+    notes: list[str] = []
     for name in names:
         task = get_task(name)
         arms = {method: chosen(lines, name, method) for method in GRID}
@@ -191,19 +203,20 @@ def table_lines(lines: Sequence[Line]) -> Iterator[str]:
                 f"{np.mean([line['seconds'] for line in runs]):.0f}",
             ]
             yield f"| {' | '.join(cells)} |"
-        notes += _notes(name, arms)
+        searched = searched_task(lines, name, next(method for method, runs in arms.items() if runs)) if any(arms.values()) else name
+        notes += _notes(name, arms, searched)
     yield ""
     yield from notes
 
 
-def _notes(name: str, arms: dict[str, list[Line]]) -> Iterator[str]:
+def _notes(name: str, arms: dict[str, list[Line]], searched: str) -> Iterator[str]:
     task, first = get_task(name), next(runs[0] for runs in arms.values() if runs)
     seeds = sorted({line["seed"] for runs in arms.values() for line in runs})
     grids = "; ".join(f"{method} {', '.join(f'{rate:g}' for rate in GRID[method])}" for method, runs in arms.items() if runs)
     yield (
         f"{name}: {first['n_train']:,} training rows, {first['n_validation']:,} validation rows, {first['epochs']} epochs, batch {first['batch_size']}, "
-        f"max_length {first['max_length']}, best epoch of each run, seeds {', '.join(map(str, seeds))}; learning rates tried with seed {seeds[0]}: {grids}; "
-        f"{first['environment']['threads']} thread(s) a run."
+        f"max_length {first['max_length']}, best epoch of each run, seeds {', '.join(map(str, seeds))}; learning rates tried on {searched} with seed {seeds[0]}: {grids}; "
+        f"seconds and memory of training with {first['environment']['threads']} thread(s)."
     )
     outlier, randoms = arms["prequant"], arms["random"]
     shared = sorted({line["seed"] for line in outlier} & {line["seed"] for line in randoms})

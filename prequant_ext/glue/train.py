@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -46,7 +47,7 @@ class Settings:
     data: str = "glue"
     data_dir: str | None = None
     epochs: int = 3
-    lr: float | None = None
+    lr: float | None = None  # None: LEARNING_RATES of the method
     seed: int = 0
     batch_size: int = 32
     max_length: int = 128
@@ -60,12 +61,14 @@ class Settings:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.lr is None:
-            object.__setattr__(self, "lr", LEARNING_RATES[self.method])
-        if not self.lr > 0:
+        if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if self.method == "ft" and self.quantization is not None:
             raise ValueError("method ft trains the float model; quantization must be None")
+
+    @property
+    def learning_rate(self) -> float:
+        return LEARNING_RATES[self.method] if self.lr is None else self.lr
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,8 @@ class Progress(TrainerCallback):
     """A bar on standard error where that is a terminal, and the score of each epoch handed to ``on_score``."""
 
     def __init__(self, metric: str, on_score: Callable[[int, float], None]) -> None:
-        self.metric, self.on_score, self.bar = metric, on_score, None
+        self.metric, self.on_score = metric, on_score
+        self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="fine-tuning", unit="step", disable=None, leave=False)
@@ -165,7 +169,8 @@ class Recorder:
     def __init__(self, model: torch.nn.Module, task: Task, labels: Sequence[float], order: Sequence[int], folder: Path | None) -> None:
         self.model, self.task, self.labels, self.inverse, self.folder = model, task, labels, np.argsort(order), folder
         self.latest: np.ndarray | None = None
-        self.best: tuple[int, float] | None = None
+        self.best_epoch = 0
+        self.best_score = -math.inf
         self.best_predictions: np.ndarray | None = None
 
     def compute_metrics(self, output: Any) -> dict[str, float]:
@@ -176,13 +181,13 @@ class Recorder:
     def resume(self, scores: Sequence[float]) -> None:
         """Take over the scores of the epochs before a checkpoint."""
         for epoch, value in enumerate(scores, 1):
-            if self.best is None or value > self.best[1]:
-                self.best = (epoch, value)
+            if value > self.best_score:
+                self.best_epoch, self.best_score = epoch, value
 
     def on_score(self, epoch: int, value: float) -> None:
-        if self.best is not None and value <= self.best[1]:
+        if value <= self.best_score:
             return
-        self.best = (epoch, value)
+        self.best_epoch, self.best_score = epoch, value
         self.best_predictions = self.latest
         if self.folder is not None:
             temporary = self.folder / f"{BEST_FILE}.tmp"
@@ -207,7 +212,7 @@ def _arguments(settings: Settings, folder: Path, saves: bool) -> TrainingArgumen
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=EVAL_BATCH,
-        learning_rate=settings.lr,
+        learning_rate=settings.learning_rate,
         weight_decay=WEIGHT_DECAY,
         lr_scheduler_type="linear",
         warmup_steps=0,
@@ -264,7 +269,7 @@ def fine_tune(settings: Settings, work_dir: str | os.PathLike | None = None, sta
         load_trained(model, folder / BEST_FILE)
     model.eval()
     epochs = [entry for entry in trainer.state.log_history if f"eval_{task.metrics[0]}" in entry]
-    best = epochs[recorder.best[0] - 1]
+    best = epochs[recorder.best_epoch - 1]
     if recorder.best_predictions is None:  # the best epoch was before the checkpoint that this process started from
         recorder.best_predictions = predict(model, tokenizer, task, rows["validation"], settings.max_length)
     trained = list(trained_tensors(model).values())
@@ -273,9 +278,9 @@ def fine_tune(settings: Settings, work_dir: str | os.PathLike | None = None, sta
         method=settings.method,
         score=best[f"eval_{task.metrics[0]}"],
         scores={name: best[f"eval_{name}"] for name in task.metrics},
-        best_epoch=recorder.best[0],
+        best_epoch=recorder.best_epoch,
         epoch_scores=[entry[f"eval_{task.metrics[0]}"] for entry in epochs],
-        lr=settings.lr,
+        lr=settings.learning_rate,
         seed=settings.seed,
         epochs=settings.epochs,
         batch_size=settings.batch_size,
