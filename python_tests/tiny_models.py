@@ -1,13 +1,16 @@
-"""Two-block models of every family with random weights.
+"""Two-block models of every family with random weights, and one that no family knows.
 
 The heads together are wider than the hidden size where a configuration allows it: shapes then tell readers from writers.
 """
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from prequant_ext.families import Family
 
 HIDDEN, VOCAB = 32, 50
 
@@ -66,3 +69,39 @@ def outputs(model: PreTrainedModel) -> torch.Tensor:
         inputs["decoder_input_ids"] = token_ids()
     result = model(**inputs)
     return result.logits if "logits" in result else result.last_hidden_state
+
+
+class Plain(nn.Module):
+    """A module that knows nothing of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(20, 16)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(16, 24), "down": nn.Linear(24, 16)}) for _ in range(2))
+        self.classifier = nn.Linear(16, 3)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        for block in self.blocks:
+            x = x + block["down"](block["up"](x).relu())
+        return self.classifier(x)
+
+
+PLAIN_FAMILY = Family({"encoder": "blocks"}, reads=("up",), writes=("down",), heads=("classifier",))
+
+
+def snapshot(model):
+    """Everything that a refusal must leave alone."""
+    tensors = {name: (id(parameter), parameter.requires_grad, parameter.detach().clone()) for name, parameter in model.named_parameters()}
+    return tensors, {name: id(module) for name, module in model.named_modules()}, sorted(vars(model)), copy.deepcopy(getattr(model, "config", None))
+
+
+def assert_unchanged(model, before):
+    tensors, modules, attributes, config = snapshot(model)
+    assert modules == before[1] and attributes == before[2] and tensors.keys() == before[0].keys()
+    for new, old in zip(tensors.values(), before[0].values(), strict=True):
+        assert new[:2] == old[:2]
+        torch.testing.assert_close(new[2], old[2], rtol=0, atol=0, equal_nan=True)
+    if config is not None:
+        assert config.to_dict() == before[3].to_dict()

@@ -3,8 +3,9 @@
     python -m prequant_ext.glue.compare --tasks sst2,mrpc --seeds 0,1,2 --methods ft,prequant,random -o runs.jsonl
     python -m prequant_ext.glue.compare table runs.jsonl
 
-Every method searches a grid of four learning rates with the lowest seed, on each task or (--search-task) on one of them, and runs the other seeds at the best. One process a run, one line a run in
-runs.jsonl; runs that are there already are skipped, so an interrupted experiment goes on when started again. The table is made from the lines alone.
+Every method searches a grid of four learning rates with the lowest seed, on each task or (--search-task) on one of them for all, and runs the other seeds
+at the best one. One process a run, one line a run in runs.jsonl; runs that are there already are skipped, so an interrupted experiment goes on when started
+again. The table is made from the lines alone.
 """
 
 import json
@@ -215,7 +216,8 @@ def _notes(name: str, arms: dict[str, list[Line]], searched: str) -> Iterator[st
     grids = "; ".join(f"{method} {', '.join(f'{rate:g}' for rate in GRID[method])}" for method, runs in arms.items() if runs)
     yield (
         f"{name}: {first['n_train']:,} training rows, {first['n_validation']:,} validation rows, {first['epochs']} epochs, batch {first['batch_size']}, "
-        f"max_length {first['max_length']}, best epoch of each run, seeds {', '.join(map(str, seeds))}; learning rates tried on {searched} with seed {seeds[0]}: {grids}; "
+        f"max_length {first['max_length']}, best epoch of each run, seeds {', '.join(map(str, seeds))}; "
+        f"learning rates tried on {searched} with seed {seeds[0]}: {grids}; "
         f"seconds and memory of training with {first['environment']['threads']} thread(s)."
     )
     outlier, randoms = arms["prequant"], arms["random"]
