@@ -37,9 +37,14 @@ Device::Device(const Tensor& tensor) : name_(device_name(tensor)) {
         kernels_ = host_table();
     } else if (tensor.is_cuda() && cuda_table() != nullptr) {
         kernels_ = cuda_table();
-        guard_.emplace(tensor.get_device_index());
-        stream_ = current_cuda_stream(tensor.get_device_index());
+        gpu_ = tensor.get_device_index();
     }
+}
+
+void Device::activate() {
+    if (gpu_ < 0 || guard_.has_value()) return;
+    guard_.emplace(gpu_);
+    stream_ = current_cuda_stream(gpu_);
 }
 
 void Device::missing(const char* op) const {

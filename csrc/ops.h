@@ -44,23 +44,27 @@ Tensor scale_grad(const Tensor& grad_y, const Tensor& x, const std::optional<Ten
 
 // ---- what the host functions share ----
 
-// The device's table, with that device current while this lives, and its stream.
+// The table of the device that a tensor is on. A GPU is current from the first require() until this is gone.
 class Device {
    public:
     explicit Device(const Tensor& tensor);  // device.cpp
     Stream stream() const { return stream_; }
 
-    // A kernel of the table by its operator's name; an operator that this build lacks on this device is an error that names the rebuild command.
+    // A kernel of the table by its operator's name, with the tensor's GPU made current and its stream looked up; the arguments of the call are evaluated
+    // after it. An operator that this build lacks on this device is an error that names the rebuild command.
     template <typename Kernel>
-    Kernel require(Kernel Kernels::* kernel, const char* op) const {
+    Kernel require(Kernel Kernels::* kernel, const char* op) {
         if (kernels_ == nullptr || kernels_->*kernel == nullptr) missing(op);
+        activate();
         return kernels_->*kernel;
     }
 
    private:
     [[noreturn]] void missing(const char* op) const;
+    void activate();
     std::string name_;
     const Kernels* kernels_ = nullptr;
+    int32_t gpu_ = -1;
     Stream stream_ = nullptr;
     std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };

@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_activations(const Tensor& x,
         check_device(*excluded_dims, "excluded_dims", x, "x");
         excluded_ = row_major(*excluded_dims);
     }
-    const Device device(x);
+    Device device(x);
     const int64_t ranges = per_token ? M : 1;
     Tensor codes = empty_on(x, {M, K}, ScalarType::Byte), scale = empty_on(x, {ranges, 1}, ScalarType::Float);
     Tensor zero_point = empty_on(x, {ranges, 1}, ScalarType::Byte), sums = empty_on(x, {M, G}, ScalarType::Int);
@@ -40,7 +40,7 @@ Tensor embedding(const Tensor& ids, const Tensor& codes, const Tensor& scale, co
     check_device(scale, "scale", codes, "codes");
     check_device(zero_point, "zero_point", codes, "codes");
     check_float(dtype, "dtype");
-    const Device device(codes);
+    Device device(codes);
     Tensor rows = empty_on(codes, {ids.size(0), D}, dtype);
     const Tensor ids_ = row_major(ids), codes_ = row_major(codes), scale_ = row_major(scale), zero_point_ = row_major(zero_point);
     device.require(&Kernels::embedding, "embedding")(ids_.const_data_ptr<int64_t>(), codes_.const_data_ptr<uint8_t>(), scale_.const_data_ptr<float>(),
@@ -76,7 +76,7 @@ Tensor linear_w4a16(const Tensor& x, const Tensor& weight_packed, const Tensor& 
     const OutlierArguments outliers(outlier_dims, outlier_weight, axis, N, view.cols);
     const BiasArgument bias_(bias, x, N);
     check_layer_device(x, "x", weight_packed, outlier_dims, outlier_weight);
-    const Device device(x);
+    Device device(x);
     Tensor y = empty_on(x, {view.rows, N}, x.scalar_type());
     device.require(&Kernels::linear_w4a16, "linear_w4a16")(view, weight.view(), outliers.view(), bias_.data(), mutable_matrix(y, "x"), device.stream());
     return y;
@@ -97,7 +97,7 @@ Tensor linear_w4a8(const Tensor& x, const Tensor& x_codes, const Tensor& x_scale
     check_layer_device(x, "x", weight_packed, outlier_dims, outlier_weight);
     check_device(x_codes, "x_codes", x, "x");
     check_device(x_sums, "x_sums", x, "x");
-    const Device device(x);
+    Device device(x);
     Tensor y = empty_on(x, {M, N}, x.scalar_type());
     const Tensor sums_ = row_major(x_sums);
     Activations view = activations.view();
@@ -118,7 +118,7 @@ Tensor linear_dx(const Tensor& grad_y, const Tensor& weight_packed, const Tensor
     const OutlierArguments outliers(outlier_dims, outlier_weight, axis, N, K);
     check_layer_device(grad_y, "grad_y", weight_packed, outlier_dims, outlier_weight);
     const Tensor grad_ = row_major(grad_y);
-    const Device device(grad_y);
+    Device device(grad_y);
     Tensor grad_x = empty_on(grad_y, {grad_y.size(0), K}, grad_y.scalar_type());
     device.require(&Kernels::linear_dx, "linear_dx")(matrix(grad_, "grad_y"), weight.view(), outliers.view(), mutable_matrix(grad_x, "grad_y"),
                                                      device.stream());
@@ -164,7 +164,7 @@ Tensor outlier_grad(const Tensor& grad_y, const Tensor& x, const std::optional<T
     const std::optional<ActivationArguments> activations = saved_activations(x, x_scale, x_zero_point);
     const Tensor grad_ = row_major(grad_y), x_ = row_major(x), dims_ = row_major(outlier_dims);
     const FloatOrCodes source = float_or_codes(x_, activations);
-    const Device device(grad_y);
+    Device device(grad_y);
     Tensor gradient = empty_on(grad_y, {axis == 1 ? N : r, x.size(1)}, ScalarType::Float);
     device.require(&Kernels::outlier_grad, "outlier_grad")(matrix(grad_, "grad_y"), source.floats, source.codes, dims_.const_data_ptr<int64_t>(), r,
                                                            static_cast<int>(axis), gradient.mutable_data_ptr<float>(), device.stream());
@@ -188,7 +188,7 @@ Tensor scale_grad(const Tensor& grad_y, const Tensor& x, const std::optional<Ten
     const FloatOrCodes source = float_or_codes(x_, activations);
     const Weight weight{
         packed_.const_data_ptr<uint8_t>(), nullptr, zero_point_.const_data_ptr<uint8_t>(), N, K, zero_point.size(0), zero_point.size(1), container_bits(bits)};
-    const Device device(grad_y);
+    Device device(grad_y);
     Tensor gradient = empty_on(grad_y, {N, zero_point.size(1)}, ScalarType::Float);
     device.require(&Kernels::scale_grad, "scale_grad")(matrix(grad_, "grad_y"), source.floats, source.codes, weight, gradient.mutable_data_ptr<float>(),
                                                        device.stream());

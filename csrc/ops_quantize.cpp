@@ -12,7 +12,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weight_stats(const Tensor& weight, in
     STD_TORCH_CHECK(block_size == N * K || (block_size > 0 && K % block_size == 0), "block_size must be N * K = ", N * K, " or divide K = ", K, ", got ",
                     block_size);
     const int64_t rows = block_size == N * K ? 1 : N, cols = block_size == N * K ? 1 : K / block_size;
-    const Device device(weight);
+    Device device(weight);
     const auto empty = [&] { return empty_on(weight, {rows, cols}, ScalarType::Double); };
     Tensor mean = empty(), std = empty(), minimum = empty(), maximum = empty();
     device.require(&Kernels::weight_stats, "weight_stats")(view, block_size, mean.mutable_data_ptr<double>(), std.mutable_data_ptr<double>(),
@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> outlier_counts(const Tensor& weight, 
     STD_TORCH_CHECK(threshold > 0, "threshold must be positive, got ", threshold);
     const Tensor weight_ = row_major(weight);
     const Matrix view = matrix(weight_, "weight");
-    const Device device(weight);
+    Device device(weight);
     const auto empty = [&](int64_t size) { return empty_on(weight, {size}, ScalarType::Long); };
     Tensor column_counts = empty(view.cols), column_energy = empty(view.cols), row_counts = empty(view.rows), row_energy = empty(view.rows);
     device.require(&Kernels::outlier_counts, "outlier_counts")(view, mean.const_data_ptr<double>(), std.const_data_ptr<double>(), threshold,
@@ -46,7 +46,7 @@ Tensor select_outlier_dims(const Tensor& counts, const Tensor& energy, int64_t r
     check_length(energy, "energy", counts.size(0));
     check_device(energy, "energy", counts, "counts");
     STD_TORCH_CHECK(r >= 0 && r <= counts.size(0), "r must be 0 to ", counts.size(0), ", the number of dimensions, got ", r);
-    const Device device(counts);
+    Device device(counts);
     Tensor dims = empty_on(counts, {r}, ScalarType::Long);
     const Tensor counts_ = row_major(counts), energy_ = row_major(energy);
     device.require(&Kernels::select_outlier_dims, "select_outlier_dims")(counts_.const_data_ptr<int64_t>(), energy_.const_data_ptr<int64_t>(), counts.size(0),
@@ -64,7 +64,7 @@ Tensor quantize_pack(const Tensor& weight, const Tensor& scale, const Tensor& ze
     check_device(scale, "scale", weight, "weight");
     check_device(zero_point, "zero_point", weight, "weight");
     check_device(outlier_dims, "outlier_dims", weight, "weight");
-    const Device device(weight);
+    Device device(weight);
     Tensor packed = empty_on(weight, {view.rows, packed_row_bytes(view.cols, container_bits(bits))}, ScalarType::Byte);
     const Tensor scale_ = row_major(scale), zero_point_ = row_major(zero_point), dims_ = row_major(outlier_dims);
     device.require(&Kernels::quantize_pack, "quantize_pack")(view, scale_.const_data_ptr<float>(), zero_point_.const_data_ptr<uint8_t>(), scale.size(0),

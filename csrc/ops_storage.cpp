@@ -9,7 +9,7 @@ Tensor pack(const Tensor& codes, int64_t bits) {
     check_matrix(codes, "codes");
     const int64_t N = codes.size(0), K = codes.size(1);
     const int container = container_bits(bits);
-    const Device device(codes);
+    Device device(codes);
     Tensor packed = empty_on(codes, {N, packed_row_bytes(K, container)}, ScalarType::Byte);
     const Tensor codes_ = row_major(codes);
     device.require(&Kernels::pack, "pack")(codes_.const_data_ptr<uint8_t>(), N, K, container, packed.mutable_data_ptr<uint8_t>(), device.stream());
@@ -19,7 +19,7 @@ Tensor pack(const Tensor& codes, int64_t bits) {
 Tensor unpack(const Tensor& weight_packed, int64_t K, int64_t bits) {
     check_packed(weight_packed, K, bits, "unpack");
     const int64_t N = weight_packed.size(0);
-    const Device device(weight_packed);
+    Device device(weight_packed);
     Tensor codes = empty_on(weight_packed, {N, K}, ScalarType::Byte);
     const Tensor packed_ = row_major(weight_packed);
     device.require(&Kernels::unpack, "unpack")(packed_.const_data_ptr<uint8_t>(), N, K, container_bits(bits), codes.mutable_data_ptr<uint8_t>(),
@@ -31,7 +31,7 @@ Tensor prepack(const Tensor& weight_packed, int64_t K, int64_t bits) {
     check_packed(weight_packed, K, bits, "prepack");
     const int64_t N = weight_packed.size(0);
     const int container = container_bits(bits);
-    const Device device(weight_packed);
+    Device device(weight_packed);
     Tensor prepacked = empty_on(weight_packed, {ceil_div(N, kPanelRows), panel_words(K, container), kPanelRows * kWordBytes}, ScalarType::Byte);
     const Tensor packed_ = row_major(weight_packed);
     device.require(&Kernels::prepack, "prepack")(packed_.const_data_ptr<uint8_t>(), N, K, container, prepacked.mutable_data_ptr<uint8_t>(), device.stream());
@@ -46,7 +46,7 @@ Tensor unprepack(const Tensor& prepacked, int64_t N, int64_t K, int64_t bits) {
     STD_TORCH_CHECK(
         N >= 0 && K >= 0 && prepacked.dim() == 3 && prepacked.size(0) == panels && prepacked.size(1) == words && prepacked.size(2) == kPanelRows * kWordBytes,
         "prepacked must have shape (", panels, ", ", words, ", ", kPanelRows * kWordBytes, ") for N = ", N, ", K = ", K, ", got ", shape_of(prepacked));
-    const Device device(prepacked);
+    Device device(prepacked);
     Tensor packed = empty_on(prepacked, {N, packed_row_bytes(K, container)}, ScalarType::Byte);
     const Tensor prepacked_ = row_major(prepacked);
     device.require(&Kernels::unprepack, "unprepack")(prepacked_.const_data_ptr<uint8_t>(), N, K, container, packed.mutable_data_ptr<uint8_t>(),
@@ -61,7 +61,7 @@ Tensor dequantize(const Tensor& weight_packed, const Tensor& scale, const Tensor
     const int64_t N = weight_packed.size(0), end = row_end.value_or(N);
     STD_TORCH_CHECK(0 <= row_begin && row_begin <= end && end <= N, "rows must be a range inside 0 to ", N, ", got row_begin = ", row_begin,
                     " and row_end = ", end);
-    const Device device(weight_packed);
+    Device device(weight_packed);
     Tensor dense = empty_on(weight_packed, {end - row_begin, K}, dtype);
     device.require(&Kernels::dequantize, "dequantize")(weight.view(), row_begin, mutable_matrix(dense, "dtype"), device.stream());
     return dense;
@@ -73,7 +73,7 @@ void scatter_outlier_(const Tensor& dense, const Tensor& outlier_dims, const Ten
     const OutlierArguments outliers(outlier_dims, outlier_weight, axis, dense.size(0), dense.size(1));
     check_device(outlier_weight, "outlier_weight", dense, "dense");
     check_device(outlier_dims, "outlier_dims", dense, "dense");
-    const Device device(dense);
+    Device device(dense);
     Tensor target = dense;
     device.require(&Kernels::scatter_outlier_, "scatter_outlier_")(mutable_matrix(target, "dense"), outliers.view(), accumulate, device.stream());
     // The stable ABI has no way to raise the version counter that autograd checks, but a view shares it with its base: fill an empty one.

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from operands import LAYERS, assert_identical, random_matrix, random_outliers, r
 from prequant_ext import ops, reference
 
 LAYER = LAYERS["groups of 32"]
+TESTS = Path(__file__).parent
 
 
 def sample(op: str, device: str):
@@ -97,8 +99,8 @@ print(json.dumps(result))
 
 
 def at_level(level: str, script: str = LEVEL_SCRIPT) -> subprocess.CompletedProcess:
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return subprocess.run([sys.executable, "-c", script], env=os.environ | {"PREQUANT_ISA": level}, capture_output=True, text=True, cwd=root, check=False)
+    environment = os.environ | {"PREQUANT_ISA": level}
+    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, cwd=TESTS.parent, check=False)
 
 
 def test_levels_of_the_cpu_agree_on_every_integer():
@@ -115,3 +117,14 @@ def test_levels_of_the_cpu_agree_on_every_integer():
 def test_unknown_level_is_refused():
     failed = at_level("sse9", "import prequant_ext.ops as ops, torch; ops.pack(torch.zeros(1, 2, dtype=torch.uint8), 4)")
     assert failed.returncode != 0 and "PREQUANT_ISA" in failed.stderr and "sse9" in failed.stderr
+
+
+@pytest.mark.slow
+def test_the_portable_level_passes_the_operator_tests():
+    """This process has run them at the best level of this CPU; portable is what any other CPU runs."""
+    if "isa=portable" in torch.ops.prequant.build_info():
+        pytest.skip("this process runs the portable level itself")
+    tests = [str(path) for op in ops.FAKES if (path := TESTS / f"test_{op}.py").exists()]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu", *tests]
+    done = subprocess.run(command, env=os.environ | {"PREQUANT_ISA": "portable"}, capture_output=True, text=True, cwd=TESTS.parent, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]

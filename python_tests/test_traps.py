@@ -1,7 +1,6 @@
 """The traps of transformers and of its neighbours, one test or more for each: they bit once."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -339,25 +338,12 @@ class PretendedCuda(torch.Tensor):
 
 
 def test_trap_13_a_missing_kernel_names_the_operator_the_device_and_the_rebuild_command():
-    if "cuda=none" not in torch.ops.prequant.build_info():
-        pytest.skip("this build has CUDA kernels: test_mirror checks which")
-    message = r"prequant::scatter_outlier_ has no kernel for cuda.*built without CUDA.*PREQUANT_CUDA=1 pip install"
+    if "scatter_outlier_" in torch.ops.prequant.build_info().partition("cuda_ops=")[2]:
+        pytest.skip("this build has a CUDA kernel for scatter_outlier_")
+    message = r"prequant::scatter_outlier_ has no kernel for cuda.*PREQUANT_CUDA=1 pip install"
     with pytest.raises(RuntimeError, match=message), torch._C._DisableTorchDispatch():
         dense, dims, values = PretendedCuda(4, 6, dtype=torch.float32), PretendedCuda(2, dtype=torch.int64), PretendedCuda(4, 2, dtype=torch.float32)
         ops.scatter_outlier_(dense, dims, values, 1, False)  # the operator that allocates nothing, which no pretended tensor could
-
-
-def test_trap_13_without_the_compiled_library_the_import_fails_and_names_the_rebuild_command(tmp_path):
-    package = tmp_path / "prequant_ext"
-    package.mkdir()
-    for source in (ROOT / "prequant_ext").glob("*.py"):
-        if source.name != "_C.py":
-            (package / source.name).write_text(source.read_text())
-    script = "import sys; sys.path.insert(0, sys.argv[1]); import prequant_ext"
-    environment = os.environ | {"PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
-    run = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert run.returncode != 0
-    assert "ImportError" in run.stderr and "is not built" in run.stderr and "pip install --no-build-isolation" in run.stderr
 
 
 def test_trap_13_strict_turns_warnings_into_errors(tmp_path, monkeypatch):

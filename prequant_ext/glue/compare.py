@@ -26,7 +26,7 @@ from prequant_ext.glue.tasks import get_task, load_rows
 
 GRID = {"ft": (3e-5, 5e-5, 1e-4, 2e-4), "prequant": (2e-3, 5e-3, 1e-2, 2e-2), "random": (2e-3, 5e-3, 1e-2, 2e-2)}
 TITLES = {"ft": "full fine-tuning", "prequant": "PreQuant, outlier dimensions", "random": "PreQuant, random dimensions"}
-LIMITS = {"sst2": {"max_train": 4000, "max_length": 64}}  # rows and tokens of single tasks; the rest: all rows, 128 tokens
+LIMITS = {"sst2": {"max_train": 4000, "max_length": 64}, "mrpc": {"epochs": 2}}  # of single tasks; the rest: all rows, 128 tokens, EPOCHS
 EPOCHS, BATCH = 3, 32
 
 Line = dict[str, Any]
@@ -145,7 +145,7 @@ def compare(
                     failed.add(run)
                     print(f"error: {error}", file=sys.stderr)
                     continue
-                line = future.result()
+                line = future.result() | {"model": model}  # the name that was given, not the folder it has on this machine
                 lines.append(line)
                 with out.open("a") as file:
                     file.write(json.dumps(line) + "\n")
