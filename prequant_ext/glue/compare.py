@@ -179,8 +179,8 @@ def correctness(lines: Sequence[Line], labels: np.ndarray) -> np.ndarray:
 
 def table_lines(lines: Sequence[Line]) -> Iterator[str]:
     """The markdown table and its notes, from the runs alone."""
-    yield "| task | method | learning rate | score, mean of seeds (each) | of full fine-tuning | trained | model | peak memory | seconds |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "| task | method | learning rate | score, mean of seeds (each) | of full fine-tuning | trained | model | peak memory |"
+    yield "|---|---|---|---|---|---|---|---|"
     names = list(dict.fromkeys(line["task"] for line in lines))
     notes: list[str] = []
     for name in names:
@@ -201,7 +201,6 @@ def table_lines(lines: Sequence[Line]) -> Iterator[str]:
                 f"{runs[0]['trainable_parameters']:,}",
                 f"{runs[0]['model_bytes'] / 1e6:.1f} MB",
                 f"{np.mean([line['peak_memory_mb'] for line in runs]):.0f} MB",
-                f"{np.mean([line['seconds'] for line in runs]):.0f}",
             ]
             yield f"| {' | '.join(cells)} |"
         searched = searched_task(lines, name, next(method for method, runs in arms.items() if runs)) if any(arms.values()) else name
@@ -218,7 +217,7 @@ def _notes(name: str, arms: dict[str, list[Line]], searched: str) -> Iterator[st
         f"{name}: {first['n_train']:,} training rows, {first['n_validation']:,} validation rows, {first['epochs']} epochs, batch {first['batch_size']}, "
         f"max_length {first['max_length']}, best epoch of each run, seeds {', '.join(map(str, seeds))}; "
         f"learning rates tried on {searched} with seed {seeds[0]}: {grids}; "
-        f"seconds and memory of training with {first['environment']['threads']} thread(s)."
+        f"memory of training with {first['environment']['threads']} thread(s), above what the imports hold."
     )
     outlier, randoms = arms["prequant"], arms["random"]
     shared = sorted({line["seed"] for line in outlier} & {line["seed"] for line in randoms})
