@@ -144,7 +144,7 @@ def quantize(
         if as_json:
             show_json({"out": str(out), "config": config.to_dict(), "report": report.to_dict()})
         else:
-            show(*pipeline.report_table(report))
+            show(report.titles, report.cells(), report.caption())
             say(f"wrote {out}")
 
 
@@ -182,7 +182,7 @@ def inspect(
         if as_json:
             show_json({"model": model, "report": report.to_dict(), "coverage": report.coverage, "l2_error": report.l2_error})
         else:
-            show(*pipeline.report_table(report))
+            show(report.titles, report.cells(), report.caption())
 
 
 # ---- finetune, eval, merge --------------------------------------------------------------------------------------------

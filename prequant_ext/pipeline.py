@@ -20,7 +20,6 @@ from prequant_ext.model import PlanRow, Report, merge, plan, quantize_model
 
 REPORT_FILE = "prequant_report.json"  # beside the weights: errors and outlier counts cannot be computed again once the float weights are gone
 KEPT_HEADS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForSequenceClassification")
-REPORT_TITLES = ("module", "shape", "axis", "bits", "r", "outliers", "L2 error", "kB before", "kB after")
 PLAN_TITLES = ("module", "shape", "axis", "bits", "r", "trained", "kB")
 
 
@@ -102,26 +101,6 @@ def stored_report(name: str) -> Report:
         return Report.from_dict(json.loads(path.read_text()))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def report_table(report: Report) -> tuple[Sequence[str], list[Sequence[str]], str]:
-    """Titles, rows and caption for console.show."""
-    rows: list[Sequence[str]] = [
-        (
-            row.name,
-            f"{row.shape[0]} x {row.shape[1]}",
-            row.axis or "-",
-            str(row.bits),
-            str(row.outlier_slices),
-            f"{row.num_outliers:,}",
-            f"{row.l2_error:.4g}",
-            f"{row.bytes_before / 1e3:,.1f}",
-            f"{row.bytes / 1e3:,.1f}",
-        )
-        for row in report.rows
-    ]
-    caption = str(report).split("\n\n", 1)[1]  # below its table the report says what is said here
-    return REPORT_TITLES, rows, caption
 
 
 def plan_table(plan_rows: Sequence[PlanRow]) -> tuple[Sequence[str], list[Sequence[str]], str]:

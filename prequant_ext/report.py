@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from prequant_ext.sites import BY_INTENT, Uncovered
 
@@ -48,6 +48,8 @@ class Report:
     total_weights of the model, every parameter counted once
     bytes_before, bytes_after  of the model's parameters
     """
+
+    titles: ClassVar = ("module", "shape", "axis", "bits", "r", "outliers", "L2 error", "kB before", "kB after")
 
     rows: tuple[ReportRow, ...]
     uncovered: tuple[Uncovered, ...]
@@ -93,9 +95,9 @@ class Report:
         missing = "; ".join(_grouped(self.uncovered)) or "nothing but norms and biases"
         return f"quantized {100 * self.coverage:.1f} % of the weights; not covered: {missing}"
 
-    def __str__(self) -> str:
-        titles = ("module", "shape", "axis", "bits", "r", "outliers", "L2 error", "kB before", "kB after")
-        cells = [
+    def cells(self) -> list[Sequence[str]]:
+        """The table as text, a row a module, below ``titles``."""
+        return [
             (
                 row.name,
                 f"{row.shape[0]} x {row.shape[1]}",
@@ -109,16 +111,20 @@ class Report:
             )
             for row in self.rows
         ]
+
+    def caption(self) -> str:
+        """What the table's columns come to, and what they leave out."""
         ratio = 100 * self.bytes_after / self.bytes_before
         lines = [
-            table(titles, cells),
-            "",
             f"{self.bytes_before / 1e6:,.2f} MB -> {self.bytes_after / 1e6:,.2f} MB ({ratio:.1f} %), {self.trainable:,} outlier weights or scales to train",
             f"L2 error of the matrices {self.l2_error:.4g}, of the embeddings {self.embedding_l2_error:.4g}; {self.num_outliers:,} outliers",
             f"quantized {100 * self.coverage:.1f} % of {self.total_weights:,} weights; not covered:",
             *(f"  {line}" for line in _grouped(self.uncovered) or ["nothing but norms and biases"]),
         ]
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return f"{table(self.titles, self.cells())}\n\n{self.caption()}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; the inverse of :meth:`from_dict`."""

@@ -79,3 +79,24 @@ def nvcc() -> str:
     if found is None:
         pytest.skip("nvcc is not installed")
     return found
+
+
+@pytest.fixture
+def float_dir(tmp_path: Path) -> Path:
+    """A float BERT with a classifier."""
+    from toys import save_toy
+
+    save_toy("bert", tmp_path / "float")
+    return tmp_path / "float"
+
+
+@pytest.fixture
+def quantized_dir(tmp_path: Path, float_dir: Path) -> Path:
+    """The same, quantized while it was loaded, r = 2."""
+    from transformers import BertForSequenceClassification
+
+    from prequant_ext import PreQuantConfig
+
+    model = BertForSequenceClassification.from_pretrained(float_dir, quantization_config=PreQuantConfig(r=2))
+    model.save_pretrained(tmp_path / "quantized")
+    return tmp_path / "quantized"

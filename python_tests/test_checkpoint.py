@@ -8,26 +8,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from toys import assert_same, save_toy
+from toys import assert_same
 from transformers import AutoConfig, BertForSequenceClassification
 
 from prequant_ext import PreQuantConfig, checkpoint, hf
 
 CONFIG = PreQuantConfig(r=2)
-
-
-@pytest.fixture
-def float_dir(tmp_path: Path) -> Path:
-    """A float BERT with a classifier."""
-    save_toy("bert", tmp_path / "float")
-    return tmp_path / "float"
-
-
-@pytest.fixture
-def quantized_dir(tmp_path: Path, float_dir: Path) -> Path:
-    model = BertForSequenceClassification.from_pretrained(float_dir, quantization_config=CONFIG)
-    model.save_pretrained(tmp_path / "quantized")
-    return tmp_path / "quantized"
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------------

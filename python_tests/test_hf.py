@@ -38,20 +38,6 @@ CONFIGS = {
 }
 
 
-@pytest.fixture
-def float_dir(tmp_path: Path) -> Path:
-    """A float BERT with a classifier."""
-    save_toy("bert", tmp_path / "float")
-    return tmp_path / "float"
-
-
-@pytest.fixture
-def quantized_dir(tmp_path: Path, float_dir: Path) -> Path:
-    model = BertForSequenceClassification.from_pretrained(float_dir, quantization_config=CONFIG)
-    model.save_pretrained(tmp_path / "quantized")
-    return tmp_path / "quantized"
-
-
 # ---- the round trip ---------------------------------------------------------------------------------------------------------
 
 
