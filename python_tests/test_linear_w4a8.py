@@ -37,9 +37,9 @@ def test_integer_part_is_exact(layer, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("x_code", [0, 255])
 @pytest.mark.parametrize("w_code", [0, 255])
-@pytest.mark.parametrize("K", [65_792, 65_793, 65_794, 140_000])
+@pytest.mark.parametrize("K", [4_096, 4_097, 33_025, 33_026, 140_000])
 def test_no_accumulator_overflows(K, w_code, x_code, device):
-    """All-extreme data just below and above INT32_MAX / (128 * 255) products, and far beyond."""
+    """All-extreme data just below and above a block of the CPU's panels (4,096), then INT32_MAX / 255^2 products (33,025), and far beyond."""
     x_codes = torch.full((2, K), x_code, dtype=torch.uint8, device=device)
     x_zero = torch.full((2, 1), 255 - x_code, dtype=torch.uint8, device=device)
     x_scale = torch.full((2, 1), 2.0**-10, device=device)
