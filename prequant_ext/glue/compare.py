@@ -206,7 +206,7 @@ def table_lines(lines: Sequence[Line]) -> Iterator[str]:
         searched = searched_task(lines, name, next(method for method, runs in arms.items() if runs)) if any(arms.values()) else name
         notes += _notes(name, arms, searched)
     yield ""
-    yield from notes
+    yield from (f"- {note}" for note in notes)
 
 
 def _notes(name: str, arms: dict[str, list[Line]], searched: str) -> Iterator[str]:
