@@ -24,9 +24,9 @@ import typer
 from prequant_ext.glue import metrics
 from prequant_ext.glue.tasks import get_task, load_rows
 
-GRID = {"ft": (3e-5, 5e-5, 1e-4, 2e-4), "prequant": (2e-3, 5e-3, 1e-2, 2e-2), "random": (2e-3, 5e-3, 1e-2, 2e-2)}
+GRID = {"ft": (3e-5, 5e-5, 1e-4, 2e-4), "prequant": (1e-3, 2e-3, 5e-3, 1e-2), "random": (1e-3, 2e-3, 5e-3, 1e-2)}
 TITLES = {"ft": "full fine-tuning", "prequant": "PreQuant, outlier dimensions", "random": "PreQuant, random dimensions"}
-LIMITS = {"sst2": {"max_train": 4000, "max_length": 64}, "mrpc": {"epochs": 2}}  # of single tasks; the rest: all rows, 128 tokens, EPOCHS
+LIMITS = {"sst2": {"epochs": 6, "max_train": 4000, "max_length": 64}, "mrpc": {"epochs": 5}}  # of single tasks; the rest: all rows, 128 tokens, EPOCHS
 EPOCHS, BATCH = 3, 32
 
 Line = dict[str, Any]
