@@ -20,7 +20,7 @@ static const Kernels* cuda_table() { return nullptr; }
 
 // The stable ABI knows the native stream from torch 2.13 on. Before, it is a C function of libtorch_cuda, which a CPU build of torch
 // lacks: looked up at the first CUDA call, so that one library loads under both.
-static Stream current_cuda_stream(int32_t device) {
+static void* current_cuda_stream(int32_t device) {
     using GetStream = int32_t (*)(int32_t, void**);
     static const GetStream get_stream = [] {
         void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
@@ -32,7 +32,27 @@ static Stream current_cuda_stream(int32_t device) {
     return stream;
 }
 
-Device::Device(const Tensor& tensor) : name_(device_name(tensor)) {
+bool has_chunks(const Tensor& tensor) {
+#ifdef PREQUANT_EMULATED
+    return tensor.is_cpu();
+#else
+    return tensor.is_cuda();
+#endif
+}
+
+int64_t Device::prepacked_bytes(int64_t N, int64_t K, int container) const {
+    const auto [size] = prepacked_shape(like_, N, K, container);
+    return size[0] * size[1] * size[2];
+}
+
+void* Device::allocate(int64_t bytes) {
+    constexpr int64_t kAlignment = 256;
+    scratch_.push_back(empty_on(like_, {bytes + kAlignment}, ScalarType::Byte));  // torch aligns less on the CPU
+    const uintptr_t address = reinterpret_cast<uintptr_t>(scratch_.back().mutable_data_ptr());
+    return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+}
+
+Device::Device(const Tensor& tensor) : like_(tensor), name_(device_name(tensor)) {
     if (tensor.is_cpu()) {
         kernels_ = host_table();
     } else if (tensor.is_cuda() && cuda_table() != nullptr) {

@@ -7,6 +7,15 @@
 //   prepacked panel (CPU)             word w of panel p, 64 bytes:       The 32-bit words of 16 rows side by side, so that one
 //                                     row 16p | 16p+1 | ... | 16p+15     512-bit load brings 4 bytes of each of 16 rows.
 //                                     bytes 4w..4w+3 of each             Missing rows and bytes are 0.
+//
+//   tensor-core chunk (CUDA)          16 rows (n) x 64 columns (k), kept lane by lane: lane 4g + t of a warp holds 32 codes, at 4 bits
+//                                     16 bytes, one 128-bit load. Its code i, from the lowest bits up, is
+//
+//                                         i = 8 j + 4 s + 2 kk + nn           n = g + 8 nn,  k = 16 j + 8 kk + 2 t + s
+//
+//                                     so word j of a lane (4 bits) is its part of the 16 x 16 tile j, and the two codes of one register of an
+//                                     mma operand, s = 0 and s = 1, are 16 bits apart. Missing rows and columns are 0. Chunks of 16 rows lie
+//                                     side by side along k:  chunk (n / 16, k / 64) is number n / 16 * ceil(K / 64) + k / 64.
 #pragma once
 
 #include <cstdint>
@@ -41,5 +50,20 @@ PREQUANT_HOST_DEVICE constexpr int64_t panel_words(int64_t K, int container) { r
 PREQUANT_HOST_DEVICE constexpr int64_t prepacked_index(int64_t n, int64_t j, int64_t words) {
     return ((n / kPanelRows * words + j / kWordBytes) * kPanelRows + n % kPanelRows) * kWordBytes + j % kWordBytes;
 }
+
+constexpr int64_t kChunkRows = 16, kChunkColumns = 64;
+constexpr int kLanes = 32, kLaneCodes = 32;  // of a warp; of a chunk in one lane
+
+PREQUANT_HOST_DEVICE constexpr int64_t chunks_along(int64_t K) { return ceil_div(K, kChunkColumns); }
+PREQUANT_HOST_DEVICE constexpr int64_t lane_bytes(int container) { return kLaneCodes * container / 8; }
+PREQUANT_HOST_DEVICE constexpr int64_t chunk_bytes(int container) { return kLanes * lane_bytes(container); }
+
+// Where weight (n, k) lies, n and k within a chunk: which lane has it, and which of the lane's codes it is.
+PREQUANT_HOST_DEVICE constexpr int chunk_lane(int n, int k) { return n % 8 * 4 + k % 8 / 2; }
+PREQUANT_HOST_DEVICE constexpr int chunk_code(int n, int k) { return k / 16 * 8 + k % 2 * 4 + k / 8 % 2 * 2 + n / 8; }
+
+// The inverse: row and column of code i of a lane.
+PREQUANT_HOST_DEVICE constexpr int chunk_row(int lane, int i) { return lane / 4 + i % 2 * 8; }
+PREQUANT_HOST_DEVICE constexpr int chunk_column(int lane, int i) { return i / 8 * 16 + i / 2 % 2 * 8 + lane % 4 * 2 + i / 4 % 2; }
 
 }  // namespace prequant

@@ -27,12 +27,13 @@ struct MutableMatrix {
 
 // Frozen codes with their scales. Weight (n, k) is (code - zero_point[b]) * scale[b], b = block(n, k).
 struct Weight {
-    const uint8_t* packed;
+    const uint8_t* packed;  // canonical rows, or the device's own layout where is_prepacked
     const float* scale;
     const uint8_t* zero_point;
     int64_t N, K;
     int64_t scale_rows, G;  // (1, 1) per tensor, (N, 1) per row, (N, G) per group of K / G
     int container;
+    bool is_prepacked = false;
 
     PREQUANT_HOST_DEVICE int64_t block(int64_t n, int64_t k) const { return (scale_rows == 1 ? 0 : n) * G + (G == 1 ? 0 : k / (K / G)); }
     PREQUANT_HOST_DEVICE const uint8_t* row(int64_t n) const { return packed + n * packed_row_bytes(K, container); }
@@ -56,9 +57,22 @@ struct Activations {
     bool per_token;
 };
 
-using Stream = void*;  // the current CUDA stream; null on the CPU
+// Where a kernel runs, and the scratch memory that it may ask for. Empty on the CPU, whose kernels have their own buffers.
+struct Stream {
+    void* handle = nullptr;  // the current cudaStream_t
+    void* (*allocate)(void* owner, int64_t bytes) = nullptr;
+    void* owner = nullptr;
+
+    // From torch's caching allocator, 256-byte aligned, uninitialized; it may be handed out again once the operator has returned, in stream order.
+    void* scratch(int64_t bytes) const { return bytes == 0 ? nullptr : allocate(owner, bytes); }
+};
 
 struct Kernels {
+    // Whether linear_w4a16, linear_w4a8 and linear_dx read prepacked weights; every other kernel but dequantize reads canonical rows. Operators convert.
+    bool linear_reads_prepacked;
+    // Whether a product of M tokens is better made by dequantizing the weight once and calling torch's matrix product; null: never.
+    bool (*prefers_dense)(int64_t M, const Weight& weight, Dtype dtype);
+
     void (*weight_stats)(Matrix weight, int64_t block_size, double* mean, double* std, double* minimum, double* maximum, Stream);
     void (*outlier_counts)(Matrix weight, const double* mean, const double* std, double threshold, int64_t* column_counts, int64_t* column_energy,
                            int64_t* row_counts, int64_t* row_energy, Stream);

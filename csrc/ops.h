@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "checks.h"
 
@@ -31,10 +32,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_activations(const Tensor& x,
                                                                 const std::optional<Tensor>& excluded_dims);
 Tensor embedding(const Tensor& ids, const Tensor& codes, const Tensor& scale, const Tensor& zero_point, ScalarType dtype);
 Tensor linear_w4a16(const Tensor& x, const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims,
-                    const Tensor& outlier_weight, const std::optional<Tensor>& bias, int64_t bits, int64_t axis);
+                    const Tensor& outlier_weight, const std::optional<Tensor>& bias, int64_t bits, int64_t axis, std::optional<int64_t> out_features);
 Tensor linear_w4a8(const Tensor& x, const Tensor& x_codes, const Tensor& x_scale, const Tensor& x_zero_point, const Tensor& x_sums, const Tensor& weight_packed,
                    const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims, const Tensor& outlier_weight, const std::optional<Tensor>& bias,
-                   int64_t bits, int64_t axis, bool raw_outliers);
+                   int64_t bits, int64_t axis, bool raw_outliers, std::optional<int64_t> out_features);
 Tensor linear_dx(const Tensor& grad_y, const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims,
                  const Tensor& outlier_weight, int64_t K, int64_t bits, int64_t axis);
 Tensor outlier_grad(const Tensor& grad_y, const Tensor& x, const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
@@ -48,7 +49,12 @@ Tensor scale_grad(const Tensor& grad_y, const Tensor& x, const std::optional<Ten
 class Device {
    public:
     explicit Device(const Tensor& tensor);  // device.cpp
-    Stream stream() const { return stream_; }
+    Device(const Device&) = delete;         // a stream points back to its device
+    Stream stream() {
+        return {stream_, [](void* device, int64_t bytes) { return static_cast<Device*>(device)->allocate(bytes); }, this};
+    }
+    const Kernels* kernels() const { return kernels_; }
+    int64_t prepacked_bytes(int64_t N, int64_t K, int container) const;
 
     // A kernel of the table by its operator's name, with the tensor's GPU made current and its stream looked up; the arguments of the call are evaluated
     // after it. An operator that this build lacks on this device is an error that names the rebuild command.
@@ -62,12 +68,36 @@ class Device {
    private:
     [[noreturn]] void missing(const char* op) const;
     void activate();
+    void* allocate(int64_t bytes);
+    Tensor like_;
     std::string name_;
     const Kernels* kernels_ = nullptr;
     int32_t gpu_ = -1;
-    Stream stream_ = nullptr;
+    void* stream_ = nullptr;
+    std::vector<Tensor> scratch_;  // goes back to the allocator with this: kernels are enqueued by then, and it reuses memory in stream order
     std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
+
+// Whether a prepacked weight beside this tensor is made of tensor-core chunks (formats.h), and not of the CPU's panels.
+bool has_chunks(const Tensor& tensor);  // device.cpp
+
+struct PrepackedShape {
+    int64_t size[3];
+};
+
+inline PrepackedShape prepacked_shape(const Tensor& like, int64_t N, int64_t K, int container) {
+    if (has_chunks(like)) return {{ceil_div(N, kChunkRows), chunks_along(K), chunk_bytes(container)}};
+    return {{ceil_div(N, kPanelRows), panel_words(K, container), kPanelRows * kWordBytes}};
+}
+
+inline void check_prepacked(const Tensor& prepacked, const char* name, int64_t N, int64_t K, int64_t bits) {
+    check_bits(bits);
+    check_dtype(prepacked, name, ScalarType::Byte);
+    const auto [size] = prepacked_shape(prepacked, N, K, container_bits(bits));
+    STD_TORCH_CHECK(N >= 0 && K >= 0 && prepacked.dim() == 3 && prepacked.size(0) == size[0] && prepacked.size(1) == size[1] && prepacked.size(2) == size[2],
+                    name, " must have shape (", size[0], ", ", size[1], ", ", size[2], ") for N = ", N, ", K = ", K, " on this device, got ",
+                    shape_of(prepacked));
+}
 
 inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
     return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()), dtype);
@@ -87,30 +117,51 @@ inline Tensor row_major(const Tensor& tensor) { return tensor.is_contiguous() ? 
 
 class WeightArguments {
    public:
-    WeightArguments(const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, int64_t K, int64_t bits, const char* k_owner) {
-        check_packed(weight_packed, K, bits, k_owner);
-        check_block_pair(scale, zero_point, weight_packed.size(0), K);
+    // Canonical rows, or (3 dimensions) what prepack made of N of them.
+    WeightArguments(const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, int64_t N, int64_t K, int64_t bits, const char* k_owner)
+        : N_(N), K_(K), is_prepacked_(weight_packed.dim() == 3) {
+        if (is_prepacked_)
+            check_prepacked(weight_packed, "weight_packed", N, K, bits);
+        else
+            check_packed(weight_packed, K, bits, k_owner);
+        check_block_pair(scale, zero_point, N, K);
         check_device(scale, "scale", weight_packed, "weight_packed");
         check_device(zero_point, "zero_point", weight_packed, "weight_packed");
         packed_ = row_major(weight_packed), scale_ = row_major(scale), zero_point_ = row_major(zero_point);
-        K_ = K, container_ = container_bits(bits);
+        container_ = container_bits(bits);
     }
     Weight view() const {
         return {packed_.const_data_ptr<uint8_t>(),
                 scale_.const_data_ptr<float>(),
                 zero_point_.const_data_ptr<uint8_t>(),
-                packed_.size(0),
+                N_,
                 K_,
                 scale_.size(0),
                 scale_.size(1),
-                container_};
+                container_,
+                is_prepacked_};
     }
 
    private:
     Tensor packed_, scale_, zero_point_;
-    int64_t K_;
+    int64_t N_, K_;
     int container_;
+    bool is_prepacked_;
 };
+
+// Which N a linear's weight has: its rows, or where it is prepacked the argument out_features.
+inline int64_t rows_of(const Tensor& weight_packed, std::optional<int64_t> out_features) {
+    STD_TORCH_CHECK(weight_packed.dim() == 2 || weight_packed.dim() == 3, "weight_packed must have 2 dimensions, or 3 where it is prepacked, got shape ",
+                    shape_of(weight_packed));
+    STD_TORCH_CHECK(weight_packed.dim() == 2 || out_features.has_value(), "out_features must be given for a prepacked weight_packed of shape ",
+                    shape_of(weight_packed));
+    const int64_t N = out_features.value_or(weight_packed.size(0));
+    STD_TORCH_CHECK(weight_packed.dim() == 3 || N == weight_packed.size(0), "out_features is ", N, " but weight_packed has ", weight_packed.size(0), " rows");
+    return N;
+}
+
+// The view in the layout that the device's linear kernels read, or in canonical rows; converted into scratch where it is the other one.
+Weight in_layout(Device& device, Weight weight, bool is_prepacked);
 
 class OutlierArguments {
    public:

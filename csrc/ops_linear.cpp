@@ -1,4 +1,8 @@
 // The layer at run time: quantize_activations, embedding, linear_w4a16, linear_w4a8 and the three gradients.
+#include <torch/csrc/stable/stableivalue_conversions.h>
+
+#include <array>
+
 #include "ops.h"
 
 namespace prequant {
@@ -66,28 +70,54 @@ class BiasArgument {
     const float* data_ = nullptr;
 };
 
+// The weight's dense matrix (N, K) in this dtype, outlier dimensions added: transient scratch of one product.
+static Tensor dense_weight(Device& device, const Tensor& like, const Weight& weight, const Outliers& outliers, ScalarType dtype) {
+    Tensor dense = empty_on(like, {weight.N, weight.K}, dtype);
+    device.require(&Kernels::dequantize, "dequantize")(weight, 0, mutable_matrix(dense, "dtype"), device.stream());
+    device.require(&Kernels::scatter_outlier_, "scatter_outlier_")(mutable_matrix(dense, "dtype"), outliers, true, device.stream());
+    return dense;
+}
+
+static bool prefers_dense(const Device& device, int64_t M, const Weight& weight, ScalarType dtype) {
+    return device.kernels() != nullptr && device.kernels()->prefers_dense != nullptr && device.kernels()->prefers_dense(M, weight, check_float(dtype, "x"));
+}
+
+static bool reads_prepacked(const Device& device) { return device.kernels() != nullptr && device.kernels()->linear_reads_prepacked; }
+
+// torch's own product, through the dispatcher: y = x dense^T + bias.
+static Tensor dense_linear(const Tensor& x, const Tensor& dense, const std::optional<Tensor>& bias) {
+    std::optional<Tensor> bias_;
+    if (bias.has_value()) bias_ = torch::stable::to(*bias, x.scalar_type());
+    std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(dense), torch::stable::detail::from(bias_)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 Tensor linear_w4a16(const Tensor& x, const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims,
-                    const Tensor& outlier_weight, const std::optional<Tensor>& bias, int64_t bits, int64_t axis) {
+                    const Tensor& outlier_weight, const std::optional<Tensor>& bias, int64_t bits, int64_t axis, std::optional<int64_t> out_features) {
     check_matrix(x, "x");
     const Tensor x_ = row_major(x);
     const Matrix view = matrix(x_, "x");
-    const int64_t N = weight_packed.size(0);
-    const WeightArguments weight(weight_packed, scale, zero_point, view.cols, bits, "x");
+    const int64_t N = rows_of(weight_packed, out_features);
+    const WeightArguments weight(weight_packed, scale, zero_point, N, view.cols, bits, "x");
     const OutlierArguments outliers(outlier_dims, outlier_weight, axis, N, view.cols);
     const BiasArgument bias_(bias, x, N);
     check_layer_device(x, "x", weight_packed, outlier_dims, outlier_weight);
     Device device(x);
+    const auto kernel = device.require(&Kernels::linear_w4a16, "linear_w4a16");
+    if (prefers_dense(device, view.rows, weight.view(), x.scalar_type()))
+        return dense_linear(x_, dense_weight(device, x, weight.view(), outliers.view(), x.scalar_type()), bias);
     Tensor y = empty_on(x, {view.rows, N}, x.scalar_type());
-    device.require(&Kernels::linear_w4a16, "linear_w4a16")(view, weight.view(), outliers.view(), bias_.data(), mutable_matrix(y, "x"), device.stream());
+    kernel(view, in_layout(device, weight.view(), reads_prepacked(device)), outliers.view(), bias_.data(), mutable_matrix(y, "x"), device.stream());
     return y;
 }
 
 Tensor linear_w4a8(const Tensor& x, const Tensor& x_codes, const Tensor& x_scale, const Tensor& x_zero_point, const Tensor& x_sums, const Tensor& weight_packed,
                    const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims, const Tensor& outlier_weight, const std::optional<Tensor>& bias,
-                   int64_t bits, int64_t axis, bool raw_outliers) {
+                   int64_t bits, int64_t axis, bool raw_outliers, std::optional<int64_t> out_features) {
     check_matrix(x, "x");
-    const int64_t M = x.size(0), K = x.size(1), N = weight_packed.size(0);
-    const WeightArguments weight(weight_packed, scale, zero_point, K, bits, "x");
+    const int64_t M = x.size(0), K = x.size(1), N = rows_of(weight_packed, out_features);
+    const WeightArguments weight(weight_packed, scale, zero_point, N, K, bits, "x");
     const OutlierArguments outliers(outlier_dims, outlier_weight, axis, N, K);
     const ActivationArguments activations(x_codes, x_scale, x_zero_point, M, K);
     check_dtype(x_sums, "x_sums", ScalarType::Int);
@@ -104,24 +134,28 @@ Tensor linear_w4a8(const Tensor& x, const Tensor& x_codes, const Tensor& x_scale
     view.sums = sums_.const_data_ptr<int32_t>();
     const Tensor raw_ = raw_outliers ? row_major(x) : x;
     const Matrix raw = matrix(raw_, "x");
-    device.require(&Kernels::linear_w4a8, "linear_w4a8")(view, raw_outliers ? &raw : nullptr, weight.view(), outliers.view(), bias_.data(),
-                                                         mutable_matrix(y, "x"), device.stream());
+    const auto kernel = device.require(&Kernels::linear_w4a8, "linear_w4a8");
+    kernel(view, raw_outliers ? &raw : nullptr, in_layout(device, weight.view(), reads_prepacked(device)), outliers.view(), bias_.data(),
+           mutable_matrix(y, "x"), device.stream());
     return y;
 }
 
 Tensor linear_dx(const Tensor& grad_y, const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims,
                  const Tensor& outlier_weight, int64_t K, int64_t bits, int64_t axis) {
-    const WeightArguments weight(weight_packed, scale, zero_point, K, bits, "linear_dx");
-    const int64_t N = weight_packed.size(0);
     check_matrix(grad_y, "grad_y");
+    const int64_t N = weight_packed.dim() == 3 ? grad_y.size(1) : rows_of(weight_packed, std::nullopt);
+    const WeightArguments weight(weight_packed, scale, zero_point, N, K, bits, "linear_dx");
     STD_TORCH_CHECK(grad_y.size(1) == N, "grad_y has N = ", grad_y.size(1), " but weight_packed has ", N, " rows");
     const OutlierArguments outliers(outlier_dims, outlier_weight, axis, N, K);
     check_layer_device(grad_y, "grad_y", weight_packed, outlier_dims, outlier_weight);
     const Tensor grad_ = row_major(grad_y);
     Device device(grad_y);
+    const auto kernel = device.require(&Kernels::linear_dx, "linear_dx");
+    if (prefers_dense(device, grad_y.size(0), weight.view(), grad_y.scalar_type()))
+        return torch::stable::matmul(grad_, dense_weight(device, grad_y, weight.view(), outliers.view(), grad_y.scalar_type()));
     Tensor grad_x = empty_on(grad_y, {grad_y.size(0), K}, grad_y.scalar_type());
-    device.require(&Kernels::linear_dx, "linear_dx")(matrix(grad_, "grad_y"), weight.view(), outliers.view(), mutable_matrix(grad_x, "grad_y"),
-                                                     device.stream());
+    kernel(matrix(grad_, "grad_y"), in_layout(device, weight.view(), reads_prepacked(device)), outliers.view(), mutable_matrix(grad_x, "grad_y"),
+           device.stream());
     return grad_x;
 }
 
@@ -175,8 +209,12 @@ Tensor scale_grad(const Tensor& grad_y, const Tensor& x, const std::optional<Ten
                   const Tensor& weight_packed, const Tensor& zero_point, int64_t bits) {
     check_matrix(grad_y, "grad_y");
     check_matrix(x, "x");
-    const int64_t M = grad_y.size(0), K = x.size(1), N = weight_packed.size(0);
-    check_packed(weight_packed, K, bits, "x");
+    const bool is_prepacked = weight_packed.dim() == 3;
+    const int64_t M = grad_y.size(0), K = x.size(1), N = is_prepacked ? grad_y.size(1) : rows_of(weight_packed, std::nullopt);
+    if (is_prepacked)
+        check_prepacked(weight_packed, "weight_packed", N, K, bits);
+    else
+        check_packed(weight_packed, K, bits, "x");
     STD_TORCH_CHECK(x.size(0) == M, "x has M = ", x.size(0), " rows but grad_y has ", M);
     STD_TORCH_CHECK(grad_y.size(1) == N, "grad_y has N = ", grad_y.size(1), " but weight_packed has ", N, " rows");
     check_blocks(zero_point, "zero_point", ScalarType::Byte, N, K);
@@ -186,12 +224,19 @@ Tensor scale_grad(const Tensor& grad_y, const Tensor& x, const std::optional<Ten
     const std::optional<ActivationArguments> activations = saved_activations(x, x_scale, x_zero_point);
     const Tensor grad_ = row_major(grad_y), x_ = row_major(x), packed_ = row_major(weight_packed), zero_point_ = row_major(zero_point);
     const FloatOrCodes source = float_or_codes(x_, activations);
-    const Weight weight{
-        packed_.const_data_ptr<uint8_t>(), nullptr, zero_point_.const_data_ptr<uint8_t>(), N, K, zero_point.size(0), zero_point.size(1), container_bits(bits)};
+    const Weight weight{packed_.const_data_ptr<uint8_t>(),
+                        nullptr,
+                        zero_point_.const_data_ptr<uint8_t>(),
+                        N,
+                        K,
+                        zero_point.size(0),
+                        zero_point.size(1),
+                        container_bits(bits),
+                        is_prepacked};
     Device device(grad_y);
     Tensor gradient = empty_on(grad_y, {N, zero_point.size(1)}, ScalarType::Float);
-    device.require(&Kernels::scale_grad, "scale_grad")(matrix(grad_, "grad_y"), source.floats, source.codes, weight, gradient.mutable_data_ptr<float>(),
-                                                       device.stream());
+    const auto kernel = device.require(&Kernels::scale_grad, "scale_grad");
+    kernel(matrix(grad_, "grad_y"), source.floats, source.codes, in_layout(device, weight, false), gradient.mutable_data_ptr<float>(), device.stream());
     return gradient;
 }
 

@@ -32,20 +32,16 @@ Tensor prepack(const Tensor& weight_packed, int64_t K, int64_t bits) {
     const int64_t N = weight_packed.size(0);
     const int container = container_bits(bits);
     Device device(weight_packed);
-    Tensor prepacked = empty_on(weight_packed, {ceil_div(N, kPanelRows), panel_words(K, container), kPanelRows * kWordBytes}, ScalarType::Byte);
+    const auto [size] = prepacked_shape(weight_packed, N, K, container);
+    Tensor prepacked = empty_on(weight_packed, {size[0], size[1], size[2]}, ScalarType::Byte);
     const Tensor packed_ = row_major(weight_packed);
     device.require(&Kernels::prepack, "prepack")(packed_.const_data_ptr<uint8_t>(), N, K, container, prepacked.mutable_data_ptr<uint8_t>(), device.stream());
     return prepacked;
 }
 
 Tensor unprepack(const Tensor& prepacked, int64_t N, int64_t K, int64_t bits) {
-    check_bits(bits);
-    check_dtype(prepacked, "prepacked", ScalarType::Byte);
+    check_prepacked(prepacked, "prepacked", N, K, bits);
     const int container = container_bits(bits);
-    const int64_t panels = ceil_div(N, kPanelRows), words = panel_words(K, container);
-    STD_TORCH_CHECK(
-        N >= 0 && K >= 0 && prepacked.dim() == 3 && prepacked.size(0) == panels && prepacked.size(1) == words && prepacked.size(2) == kPanelRows * kWordBytes,
-        "prepacked must have shape (", panels, ", ", words, ", ", kPanelRows * kWordBytes, ") for N = ", N, ", K = ", K, ", got ", shape_of(prepacked));
     Device device(prepacked);
     Tensor packed = empty_on(prepacked, {N, packed_row_bytes(K, container)}, ScalarType::Byte);
     const Tensor prepacked_ = row_major(prepacked);
@@ -56,9 +52,11 @@ Tensor unprepack(const Tensor& prepacked, int64_t N, int64_t K, int64_t bits) {
 
 Tensor dequantize(const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, int64_t K, int64_t bits, ScalarType dtype, int64_t row_begin,
                   std::optional<int64_t> row_end) {
-    const WeightArguments weight(weight_packed, scale, zero_point, K, bits, "dequantize");
+    check_matrix(weight_packed, "weight_packed");
+    const int64_t N = weight_packed.size(0);
+    const WeightArguments weight(weight_packed, scale, zero_point, N, K, bits, "dequantize");
     check_float(dtype, "dtype");
-    const int64_t N = weight_packed.size(0), end = row_end.value_or(N);
+    const int64_t end = row_end.value_or(N);
     STD_TORCH_CHECK(0 <= row_begin && row_begin <= end && end <= N, "rows must be a range inside 0 to ", N, ", got row_begin = ", row_begin,
                     " and row_end = ", end);
     Device device(weight_packed);
@@ -79,6 +77,17 @@ void scatter_outlier_(const Tensor& dense, const Tensor& outlier_dims, const Ten
     // The stable ABI has no way to raise the version counter that autograd checks, but a view shares it with its base: fill an empty one.
     Tensor empty_view = torch::stable::narrow(target, 0, 0, 0);
     torch::stable::zero_(empty_view);
+}
+
+Weight in_layout(Device& device, Weight weight, bool is_prepacked) {
+    if (weight.is_prepacked == is_prepacked) return weight;
+    const auto convert = is_prepacked ? device.require(&Kernels::prepack, "prepack") : device.require(&Kernels::unprepack, "unprepack");
+    const int64_t bytes = is_prepacked ? device.prepacked_bytes(weight.N, weight.K, weight.container) : weight.N * packed_row_bytes(weight.K, weight.container);
+    uint8_t* converted = static_cast<uint8_t*>(device.stream().scratch(bytes));
+    convert(weight.packed, weight.N, weight.K, weight.container, converted, device.stream());
+    weight.packed = converted;
+    weight.is_prepacked = is_prepacked;
+    return weight;
 }
 
 }  // namespace prequant

@@ -84,8 +84,9 @@ def linear_w4a16(
     bias: Tensor | None,
     bits: int,
     axis: int,
+    out_features: int | None = None,
 ) -> Tensor:
-    return _prequant.linear_w4a16(_autocast(x), weight_packed, scale, zero_point, outlier_dims, outlier_weight, bias, bits, axis)
+    return _prequant.linear_w4a16(_autocast(x), weight_packed, scale, zero_point, outlier_dims, outlier_weight, bias, bits, axis, out_features)
 
 
 def linear_w4a8(
@@ -103,6 +104,7 @@ def linear_w4a8(
     bits: int,
     axis: int,
     raw_outliers: bool,
+    out_features: int | None = None,
 ) -> Tensor:
     return _prequant.linear_w4a8(
         _autocast(x),
@@ -119,6 +121,7 @@ def linear_w4a8(
         bits,
         axis,
         raw_outliers,
+        out_features,
     )
 
 
@@ -156,6 +159,17 @@ def _row_bytes(K: int, bits: int) -> int:
     return (K * container_bits(bits) + 7) // 8
 
 
+def _prepacked_shape(weight_packed: Tensor, K: int, bits: int, is_gpu: bool) -> tuple[int, int, int]:
+    """Tensor-core chunks of 16 x 64 codes for a GPU's kernels, panels of 16 rows for the CPU's (csrc/formats.h)."""
+    panels = (weight_packed.shape[0] + 15) // 16
+    return (panels, (K + 63) // 64, 128 * container_bits(bits)) if is_gpu else (panels, (_row_bytes(K, bits) + 3) // 4, 64)
+
+
+def _out_features(weight_packed: Tensor, given: tuple[int | None, ...]) -> int:
+    """N: what the caller says of a prepacked weight (the last, optional argument), or the rows of a canonical one."""
+    return given[0] if given and given[0] is not None else weight_packed.shape[0]
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "weight_stats": lambda weight, block_size: tuple(weight.new_empty(_stats_shape(weight, block_size), dtype=torch.float64) for _ in range(4)),
     "outlier_counts": lambda weight, mean, std, threshold: tuple(weight.new_empty(weight.shape[dim], dtype=torch.int64) for dim in (1, 1, 0, 0)),
@@ -163,7 +177,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "quantize_pack": lambda weight, scale, zero_point, bits, outlier_dims, axis: zero_point.new_empty(weight.shape[0], _row_bytes(weight.shape[1], bits)),
     "pack": lambda codes, bits: codes.new_empty(codes.shape[0], _row_bytes(codes.shape[1], bits)),
     "unpack": lambda weight_packed, K, bits: weight_packed.new_empty(weight_packed.shape[0], K),
-    "prepack": lambda weight_packed, K, bits: weight_packed.new_empty((weight_packed.shape[0] + 15) // 16, (_row_bytes(K, bits) + 3) // 4, 64),
+    "prepack": lambda weight_packed, K, bits: weight_packed.new_empty(_prepacked_shape(weight_packed, K, bits, weight_packed.device.type == "cuda")),
     "unprepack": lambda prepacked, N, K, bits: prepacked.new_empty(N, _row_bytes(K, bits)),
     "dequantize": lambda weight_packed, scale, zero_point, K, bits, dtype, row_begin=0, row_end=None: scale.new_empty(
         (weight_packed.shape[0] if row_end is None else row_end) - row_begin, K, dtype=dtype
@@ -176,8 +190,8 @@ FAKES: dict[str, Callable[..., Any]] = {
         x.new_empty((x.shape[0], x.shape[1] // group_size if group_size else 1), dtype=torch.int32),
     ),
     "embedding": lambda ids, codes, scale, zero_point, dtype: scale.new_empty(ids.shape[0], codes.shape[1], dtype=dtype),
-    "linear_w4a16": lambda x, weight_packed, *rest: x.new_empty(x.shape[0], weight_packed.shape[0]),
-    "linear_w4a8": lambda x, x_codes, x_scale, x_zero_point, x_sums, weight_packed, *rest: x.new_empty(x.shape[0], weight_packed.shape[0]),
+    "linear_w4a16": lambda x, weight_packed, *rest: x.new_empty(x.shape[0], _out_features(weight_packed, rest[7:])),
+    "linear_w4a8": lambda x, x_codes, x_scale, x_zero_point, x_sums, weight_packed, *rest: x.new_empty(x.shape[0], _out_features(weight_packed, rest[8:])),
     "linear_dx": lambda grad_y, weight_packed, scale, zero_point, outlier_dims, outlier_weight, K, bits, axis: grad_y.new_empty(grad_y.shape[0], K),
     "outlier_grad": lambda grad_y, x, x_scale, x_zero_point, outlier_dims, axis: grad_y.new_empty(
         (grad_y.shape[1] if axis == 1 else outlier_dims.shape[0], x.shape[1]), dtype=torch.float32
@@ -249,23 +263,26 @@ def _on_one_device(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def register(name: str) -> None:
-    """Register fakes and gradients for ``torch.ops.<name>``: the library itself, and the emulated one of the tests."""
+    """Register fakes and gradients for ``torch.ops.<name>``: the library itself, and those of the tests, whose CPU tensors meet the GPU's kernels."""
     library = getattr(torch.ops, name)
-    for op, fake in FAKES.items():
+    fakes = dict(FAKES)
+    if name != "prequant":
+        fakes["prepack"] = lambda weight_packed, K, bits: weight_packed.new_empty(_prepacked_shape(weight_packed, K, bits, True))
+    for op, fake in fakes.items():
         torch.library.register_fake(f"{name}::{op}", _on_one_device(f"{name}::{op}", fake))
 
     def setup_w4a16(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *weight, bias, ctx.bits, ctx.axis = inputs
+        x, *weight, bias, ctx.bits, ctx.axis, _ = inputs
         ctx.in_features, ctx.bias_dtype = x.shape[1], None if bias is None else bias.dtype
         _save(ctx, tuple(weight), x, (), ctx.needs_input_grad[5], ctx.needs_input_grad[2])
 
     def backward_w4a16(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         dx, d_scale, d_outliers, d_bias = _linear_backward(library, ctx, grad_y, (needs[0], needs[2], needs[5], needs[6]))
-        return dx, None, d_scale, None, None, d_outliers, None if d_bias is None else d_bias.to(ctx.bias_dtype), None, None
+        return dx, None, d_scale, None, None, d_outliers, None if d_bias is None else d_bias.to(ctx.bias_dtype), None, None, None
 
     def setup_w4a8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, x_codes, x_scale, x_zero_point, _, *weight, bias, ctx.bits, ctx.axis, raw_outliers = inputs
+        x, x_codes, x_scale, x_zero_point, _, *weight, bias, ctx.bits, ctx.axis, raw_outliers, _ = inputs
         ctx.in_features, ctx.bias_dtype = x.shape[1], None if bias is None else bias.dtype
         activation, quantization = (x, ()) if raw_outliers else (x_codes, (x_scale, x_zero_point))
         _save(ctx, tuple(weight), activation, quantization, ctx.needs_input_grad[9], ctx.needs_input_grad[6])
@@ -274,7 +291,7 @@ def register(name: str) -> None:
         needs = ctx.needs_input_grad
         dx, d_scale, d_outliers, d_bias = _linear_backward(library, ctx, grad_y, (needs[0], needs[6], needs[9], needs[10]))
         d_bias = None if d_bias is None else d_bias.to(ctx.bias_dtype)
-        return dx, None, None, None, None, None, d_scale, None, None, d_outliers, d_bias, None, None, None
+        return dx, None, None, None, None, None, d_scale, None, None, d_outliers, d_bias, None, None, None, None
 
     def setup_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ids, codes, scale, zero_point, _ = inputs

@@ -249,10 +249,11 @@ def linear_w4a16(
     bias: Tensor | None,
     bits: int,
     axis: int,
+    out_features: int | None = None,
 ) -> Tensor:
     """``y = x W^T`` with ``W = (q - z) * scale``, plus ``x[:, idx] O^T`` (axis 1) or ``y[:, idx] += x O^T`` (axis 0), plus bias.
 
-    x (M, K) -> y (M, N) in x's dtype.
+    x (M, K) -> y (M, N) in x's dtype. ``out_features`` names N to kernels whose weight is prepacked; here the rows say it.
     """
     high = _accumulator(x)
     weight = dequantize(weight_packed, scale, zero_point, x.shape[1], bits, torch.float32)
@@ -275,6 +276,7 @@ def linear_w4a8(
     bits: int,
     axis: int,
     raw_outliers: bool,
+    out_features: int | None = None,
 ) -> Tensor:
     """:func:`linear_w4a16` on quantized activations: the product of codes is an exact integer, scaled in float at the end.
 
