@@ -34,6 +34,10 @@ class FrozenWeight(nn.Module):
             raise ValueError(f"{name} must have shape {tuple(parameter.shape)}, got {tuple(value.shape)}")
         setattr(self, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
 
+    def canonical_packed(self) -> Tensor:
+        """weight_packed in the layout of the disk."""
+        return self.weight_packed.detach()
+
     @property
     def weight(self) -> Tensor:
         """A stand-in with the weight's shape, dtype and device, one NaN in memory: code that looks at it is served, code that reads it sees NaN."""

@@ -28,6 +28,7 @@ from prequant_ext.embedding import PreQuantEmbedding
 from prequant_ext.families import Family
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import empty_layer, freeze_base, merge
+from prequant_ext.reference import container_bits
 from prequant_ext.sites import Site, find_sites
 from prequant_ext.strictness import warn
 
@@ -258,6 +259,9 @@ class PreQuantHfQuantizer(HfQuantizer):
                     raise ValueError(f"the quantized checkpoint has no {name}.bias, which {type(model).__name__} needs")
                 nn.init.zeros_(bias)  # what transformers' own initialisation would do; it passes over our class
         checkpoint.check_values(model)
+        for module in model.modules():
+            if isinstance(module, PreQuantLinear):
+                module.prepack_()
         freeze_base(model)  # the loader has turned on requires_grad of every float tensor
         return model
 
@@ -282,7 +286,7 @@ class PreQuantHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Called before the config is written: the moment to note the model's dtype."""
         linears = [module for _, module in checkpoint.quantized_modules(model) if isinstance(module, PreQuantLinear)]
-        if all(module.weight_packed.shape == module.shape for module in linears):
+        if all(container_bits(module.bits) == 8 for module in linears):
             warn(
                 "every matrix is stored in 8 bits a weight, which is the shape of the float one: a program that opens this checkpoint without "
                 "`import prequant_ext` takes the codes for weights and only logs it; with fewer bits in one matrix it would stop"

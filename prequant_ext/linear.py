@@ -1,5 +1,6 @@
 """PreQuantLinear: a frozen quantized weight and r trained outlier dimensions."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ def is_conv1d(module: nn.Module) -> bool:
 class PreQuantLinear(FrozenWeight):
     """``y = x W^T + x[:, idx] O^T + bias`` (axis input) or ``y = x W^T + bias; y[:, idx] += x O^T`` (axis output).  PreQuant, Section 4.3.
 
-    Frozen     weight_packed (N, B) uint8, canonical storage · weight_scale float32 and weight_zero_point uint8: (1, 1), (N, 1) or (N, G)
-               · outlier_dims (r,) int64, ascending · bias (N,)
+    Frozen     weight_packed uint8: (N, B), canonical storage; on a GPU the layout of its kernels, 3 dimensions (a state dict is canonical)
+               · weight_scale float32 and weight_zero_point uint8: (1, 1), (N, 1) or (N, G) · outlier_dims (r,) int64, ascending · bias (N,)
     Trained    outlier_weight float32, O: (N, r) or (r, K), the weights of the outlier dimensions; their codes are worth exactly 0.
                With ``train_scales`` (PreQuant-alpha) weight_scale is trained and r is 0.
 
@@ -113,11 +114,55 @@ class PreQuantLinear(FrozenWeight):
 
     def load_quantized(self, quantized: "quantize.QuantizedMatrix", bias: Tensor | None) -> None:
         """Take over the tensors of a quantized matrix; which parameters are trained stays as it was."""
+        self.unprepack_()
         for name in ("weight_packed", "weight_scale", "weight_zero_point", "outlier_dims", "outlier_weight"):
             self._set(name, getattr(quantized, name))
         if bias is not None:
             self._set("bias", bias.detach().clone())
         self.squared_error = quantized.squared_error
+        self.prepack_()
+
+    # ---- the layout of weight_packed: canonical rows, or what the kernels of its device read; one of them in memory, never both
+
+    @property
+    def is_prepacked(self) -> bool:
+        return self.weight_packed.dim() == 3
+
+    @torch.no_grad()
+    def canonical_packed(self) -> Tensor:
+        """weight_packed as canonical rows (N, B), whatever layout the layer holds."""
+        packed = self.weight_packed.detach()
+        return ops.unprepack(packed, self.out_features, self.in_features, self.bits) if self.is_prepacked else packed
+
+    @torch.no_grad()
+    def prepack_(self) -> "PreQuantLinear":
+        """Put weight_packed into the layout that the kernels of its device read, if they read one of their own. Lossless; done once, not per call."""
+        if not self.is_prepacked and ops.reads_prepacked(self.weight_packed):
+            self.weight_packed.data = ops.prepack(self.weight_packed.detach(), self.in_features, self.bits)
+        return self
+
+    @torch.no_grad()
+    def unprepack_(self) -> "PreQuantLinear":
+        """The inverse of :meth:`prepack_`."""
+        if self.is_prepacked:
+            self.weight_packed.data = self.canonical_packed()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PreQuantLinear":
+        self.unprepack_()  # a device's layout means nothing on another one
+        super()._apply(fn, recurse)
+        return self.prepack_()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_prepacked:
+            destination[f"{prefix}weight_packed"] = self.canonical_packed()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._take_disk_name(state_dict, prefix)
+        self.unprepack_()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.prepack_()
 
     def forward(self, x: Tensor) -> Tensor:
         K = x.shape[-1]
@@ -127,17 +172,17 @@ class PreQuantLinear(FrozenWeight):
         weight = (self.weight_packed, self.weight_scale, self.weight_zero_point, self.outlier_dims, self.outlier_weight)
         axis = AXES[self.axis]
         if self.activation_bits is None:
-            y = ops.linear_w4a16(rows, *weight, self.bias, self.bits, axis)
+            y = ops.linear_w4a16(rows, *weight, self.bias, self.bits, axis, self.out_features)
         else:
             excluded = self.outlier_dims if self.raw_outliers else None
             quantized = ops.quantize_activations(rows.detach(), self.per_token, self.group_size, excluded)
-            y = ops.linear_w4a8(rows, *quantized, *weight, self.bias, self.bits, axis, self.raw_outliers)
+            y = ops.linear_w4a8(rows, *quantized, *weight, self.bias, self.bits, axis, self.raw_outliers, self.out_features)
         return y.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:
         """The dense (N, K) float32 weight, outlier dimensions included."""
-        dense = ops.dequantize(self.weight_packed, self.weight_scale, self.weight_zero_point, self.in_features, self.bits, torch.float32)
+        dense = ops.dequantize(self.canonical_packed(), self.weight_scale, self.weight_zero_point, self.in_features, self.bits, torch.float32)
         return ops.scatter_outlier_(dense, self.outlier_dims, self.outlier_weight, AXES[self.axis], False)
 
     @torch.no_grad()
@@ -155,10 +200,6 @@ class PreQuantLinear(FrozenWeight):
         linear.weight = nn.Parameter(weight)
         linear.register_parameter("bias", bias)
         return linear
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        self._take_disk_name(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         activations = "float" if self.activation_bits is None else f"{self.activation_bits} bit per {'token' if self.per_token else 'tensor'}"

@@ -4,6 +4,7 @@ The operators are native (csrc/ops.cpp): their host functions make the checks an
 the same name and arguments in ``reference.py``.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,16 @@ def _autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on. Nothing else is cast: codes, scales and outlier weights keep their types."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+@functools.cache
+def _gpu_reads_prepacked() -> bool:
+    return "linear_w4a16" in dict(field.split("=", 1) for field in torch.ops.prequant.build_info().split(";"))["cuda_ops"].split(",")
+
+
+def reads_prepacked(weight_packed: Tensor) -> bool:
+    """Whether the linear operators on this tensor's device want the result of :func:`prepack`; another layout costs a conversion in every call."""
+    return weight_packed.is_cuda and _gpu_reads_prepacked()
 
 
 def weight_stats(weight: Tensor, block_size: int) -> _Stats:

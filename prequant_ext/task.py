@@ -49,7 +49,7 @@ def fingerprint(model: nn.Module) -> str:
         raise ValueError(f"model must be quantized (quantize_model) to have a base fingerprint, got a {type(model).__name__} without quantized modules")
     digest = hashlib.sha256(f"prequant {FORMAT_VERSION}".encode())
     for name, module in modules:
-        tensors = {"weight_packed": module.weight_packed, "weight_zero_point": module.weight_zero_point}
+        tensors = {"weight_packed": module.canonical_packed(), "weight_zero_point": module.weight_zero_point}
         if isinstance(module, PreQuantLinear):
             digest.update(f"\n{name} linear {module.bits} {module.axis}".encode())
             tensors["outlier_dims"] = module.outlier_dims
