@@ -116,3 +116,13 @@ def test_rejects(device):
     output_axis = (*rest[:3], torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, 64, device=device), None, 4, 0, True)
     with pytest.raises(RuntimeError, match="raw_outliers multiplies input columns and needs axis = 1"):
         ops.linear_w4a8(x, *activations, *output_axis)
+
+
+@pytest.mark.parametrize("per_token", [True, False], ids=["token", "tensor"])
+@pytest.mark.parametrize("K", [1, 126, 127, 128, 129, 257, 1000])
+@pytest.mark.parametrize("M", range(1, 10))
+def test_few_tokens_are_exact(M, K, per_token, device):
+    """The CPU reads packed rows directly up to 8 tokens, in lines of 128 codes and 1 to 8 rows at a time: every count, and both sides of a line's end."""
+    x, activations, rest = operands(Layer(M, K, 41, r=0, blocks="row"), device, per_token)
+    rest = (*rest[:5], None, *rest[6:])
+    assert_identical(ops.linear_w4a8(x, *activations, *rest), reference.linear_w4a8(x, *activations, *rest))

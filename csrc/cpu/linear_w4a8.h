@@ -9,6 +9,7 @@
 #pragma once
 
 #include "activation_rows.h"
+#include "few_tokens.h"
 #include "integer_panel.h"
 
 namespace prequant::PREQUANT_LEVEL {
@@ -89,6 +90,11 @@ inline void linear_w4a8(Activations x, const Matrix* raw, Weight weight, Outlier
     const int64_t rows_at_once = smaller(M, side_rows(r, kIntegerRows));
     const Buffer buffer(rows_at_once * r * static_cast<int64_t>(sizeof(float)));
     float* const side = static_cast<float*>(buffer.data());
+#if PREQUANT_AVX512
+    const bool is_few = rows_at_once == M && suits_few_tokens(x, weight);
+    const Buffer tokens(is_few ? (M + 1) * line_count(K) * kLineCodes : 0);
+    if (is_few) arrange_tokens(x, static_cast<int8_t*>(tokens.data()));
+#endif
     for (int64_t m0 = 0; m0 < M; m0 += rows_at_once) {
         const int64_t here = smaller(rows_at_once, M - m0);
         if (r > 0 && outliers.axis == 1) gather_columns(source, m0, here, outliers.dims, r, side);
@@ -103,7 +109,12 @@ inline void linear_w4a8(Activations x, const Matrix* raw, Weight weight, Outlier
             for (int64_t task = begin; task < end; ++task) {
                 const int64_t block = task / panels * rows_a_task, m = m0 + block, n = task % panels * kTileColumns;
                 const int64_t rows = smaller(rows_a_task, here - block), columns = smaller<int64_t>(kTileColumns, N - n);
-                integer_product(x, m, rows, weight, n, columns, memory, long_sums, sums);
+#if PREQUANT_AVX512
+                if (is_few)
+                    few_tokens_product(x, static_cast<const int8_t*>(tokens.data()), weight, n, columns, sums);
+                else
+#endif
+                    integer_product(x, m, rows, weight, n, columns, memory, long_sums, sums);
                 for (int64_t i = 0; i < rows; ++i) {
                     const float scale = x.scale[x.per_token ? m + i : 0];
                     for (int64_t c = 0; c < kTileColumns; ++c) sums[i * kTileColumns + c] *= scale;
