@@ -14,9 +14,7 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 
-#ifdef PREQUANT_EMULATED
-#define PREQUANT_LIBRARY prequant_emulated
-#else
+#ifndef PREQUANT_LIBRARY  // the tests' emulated libraries have names of their own
 #define PREQUANT_LIBRARY prequant
 #endif
 

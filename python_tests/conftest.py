@@ -39,9 +39,37 @@ def _cuda_gap(path: Path) -> str | None:
     return f"this build has no CUDA kernel for {', '.join(missing)}" if missing else None
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request: pytest.FixtureRequest) -> str:
-    """Each device in turn; "cuda" is skipped, and counted, where it cannot run."""
+class _EmulatedLibrary:
+    """torch.ops of the emulated kernels. An operator that has none yet skips the test and names itself."""
+
+    def __init__(self, name: str, variant: str, available: set[str]) -> None:
+        self.name, self.variant, self._available = name, variant, available
+
+    def __getattr__(self, operator: str):
+        if operator not in self._available:
+            pytest.skip(f"emulated: no CUDA kernel for {operator} yet")
+        return getattr(getattr(torch.ops, self.name), operator)
+
+
+@pytest.fixture(scope="session")
+def emulated_library() -> _EmulatedLibrary:
+    """The CUDA kernels on the CPU, built when they are out of date."""
+    import emulated
+
+    if emulated.cuda_include() is None:
+        pytest.skip("emulated: CUDA's headers are not at hand: nvcc is not installed")
+    variant = os.environ.get("PREQUANT_EMULATED_VARIANT", "fast")
+    return _EmulatedLibrary(emulated.LIBRARIES[variant], variant, emulated.operators(variant))
+
+
+@pytest.fixture(params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each device in turn. "emulated" runs the CUDA kernels on tensors of the CPU; "cuda" is skipped, and counted, where it cannot run."""
+    if request.param == "emulated":
+        from prequant_ext import ops
+
+        monkeypatch.setattr(ops, "_prequant", request.getfixturevalue("emulated_library"))
+        return "cpu"
     if request.param == "cuda":
         gap = _cuda_gap(request.path)
         if gap:
