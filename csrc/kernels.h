@@ -90,7 +90,9 @@ struct Kernels {
     // excluded: null, or `size` columns left out of the ranges
     void (*quantize_activations)(Matrix x, bool per_token, int64_t G, const int64_t* excluded, int64_t size, uint8_t* codes, float* scale, uint8_t* zero_point,
                                  int32_t* sums, Stream);
-    void (*embedding)(const int64_t* ids, const uint8_t* codes, const float* scale, const uint8_t* zero_point, bool per_row, MutableMatrix rows, Stream);
+    // ids that are not 0 ... V - 1, the rows of the table, make rows of NaN; on the CPU the host function refuses them
+    void (*embedding)(const int64_t* ids, const uint8_t* codes, const float* scale, const uint8_t* zero_point, int64_t V, bool per_row, MutableMatrix rows,
+                      Stream);
 
     // raw: null, or the float activations whose outlier columns are multiplied as they are; bias: null or (N)
     void (*linear_w4a16)(Matrix x, Weight weight, Outliers outliers, const float* bias, MutableMatrix y, Stream);

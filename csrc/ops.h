@@ -97,6 +97,9 @@ inline void check_prepacked(const Tensor& prepacked, const char* name, int64_t N
     STD_TORCH_CHECK(N >= 0 && K >= 0 && prepacked.dim() == 3 && prepacked.size(0) == size[0] && prepacked.size(1) == size[1] && prepacked.size(2) == size[2],
                     name, " must have shape (", size[0], ", ", size[1], ", ", size[2], ") for N = ", N, ", K = ", K, " on this device, got ",
                     shape_of(prepacked));
+    constexpr uintptr_t kAlignment = 16;  // of a lane's part of a chunk at 4 bits, read at once
+    STD_TORCH_CHECK(!has_chunks(prepacked) || reinterpret_cast<uintptr_t>(prepacked.const_data_ptr()) % kAlignment == 0, name,
+                    " must lie on a multiple of 16 bytes: clone() makes one that does");
 }
 
 inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {

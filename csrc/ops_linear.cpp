@@ -48,7 +48,8 @@ Tensor embedding(const Tensor& ids, const Tensor& codes, const Tensor& scale, co
     Tensor rows = empty_on(codes, {ids.size(0), D}, dtype);
     const Tensor ids_ = row_major(ids), codes_ = row_major(codes), scale_ = row_major(scale), zero_point_ = row_major(zero_point);
     device.require(&Kernels::embedding, "embedding")(ids_.const_data_ptr<int64_t>(), codes_.const_data_ptr<uint8_t>(), scale_.const_data_ptr<float>(),
-                                                     zero_point_.const_data_ptr<uint8_t>(), scale.size(0) > 1, mutable_matrix(rows, "dtype"), device.stream());
+                                                     zero_point_.const_data_ptr<uint8_t>(), V, scale.size(0) > 1, mutable_matrix(rows, "dtype"),
+                                                     device.stream());
     return rows;
 }
 

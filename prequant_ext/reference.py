@@ -137,6 +137,28 @@ def unprepack(prepacked: Tensor, N: int, K: int, bits: int) -> Tensor:
     return rows[:N, :row_bytes].contiguous()
 
 
+def tensor_core_chunks(weight_packed: Tensor, K: int, bits: int) -> Tensor:
+    """Canonical storage -> the CUDA kernels' chunks, (ceil(N / 16), ceil(K / 64), 128 * container) uint8: 16 rows x 64 columns, lane by lane.
+
+    Lane 4 g + t holds 32 codes, from the lowest bits up. Code ``i = 8 j + 4 s + 2 kk + nn`` is that of row ``g + 8 nn`` and column
+    ``16 j + 8 kk + 2 t + s``; missing rows and columns are 0.
+    """
+    N = len(weight_packed)
+    codes = torch.nn.functional.pad(unpack(weight_packed, K, bits), (0, -K % 64, 0, -N % 16))
+    nn, g, j, kk, t, s = 1, 2, 4, 5, 6, 7  # dimensions; 0 and 3 count chunks
+    lanes = codes.view(-(-N // 16), 2, 8, -(-K // 64), 4, 2, 4, 2).permute(0, 3, g, t, j, s, kk, nn)
+    return pack(lanes.reshape(-1, 32), bits).view(-(-N // 16), -(-K // 64), 128 * container_bits(bits))
+
+
+def canonical_rows(chunks: Tensor, N: int, K: int, bits: int) -> Tensor:
+    """The inverse of :func:`tensor_core_chunks`."""
+    rows, columns = chunks.shape[:2]
+    g, t, j, s, kk, nn = 2, 3, 4, 5, 6, 7
+    lanes = unpack(chunks.reshape(-1, 4 * container_bits(bits)), 32, bits).view(rows, columns, 8, 4, 4, 2, 2, 2)
+    codes = lanes.permute(0, nn, g, 1, j, kk, t, s).reshape(16 * rows, 64 * columns)
+    return pack(codes[:N, :K], bits)
+
+
 def _spread(blocks: Tensor, N: int, K: int) -> Tensor:
     """(1, 1), (N, 1) or (N, G) -> (N, K): each value over the weights of its block."""
     return blocks.repeat_interleave(K // blocks.shape[1], dim=1).expand(N, K)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from emulated_kernels import emulated_kernels
 from operands import assert_identical, random_matrix
 from torch import nn
 
@@ -21,6 +22,22 @@ def test_identical_to_reference(shape, dtype, per_row, device):
     ids = torch.randint(0, shape[0], (77,), generator=torch.Generator().manual_seed(0)).to(device)
     for some in (ids, ids[:0]):
         assert_identical(ops.embedding(some, codes, scale, zero_point, dtype), reference.embedding(some, codes, scale, zero_point, dtype))
+
+
+@pytest.mark.parametrize("per_row", [True, False], ids=["row", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [16, 9], ids=["128-bit stores", "single values"])
+def test_ids_out_of_range_make_nan(width, dtype, per_row):
+    """On a GPU the host function does not read them back."""
+    codes, scale, zero_point = table(5, width, per_row, "cpu")
+    ids = torch.tensor([4, 5, -1, 0, 2**40, -(2**40)])
+    rows = torch.empty(len(ids), width, dtype=dtype)
+    code = [torch.float32, torch.float16, torch.bfloat16].index(dtype)  # in the order of Dtype in kernels.h
+    operands = [tensor.data_ptr() for tensor in (ids, codes, scale, zero_point)]
+    emulated_kernels().embed(*operands, 5, per_row, rows.data_ptr(), code, *rows.shape)
+    known = [0, 3]
+    assert_identical(rows[known], reference.embedding(ids[known], codes, scale, zero_point, dtype))
+    assert rows[[1, 2, 4, 5]].isnan().all()
 
 
 @pytest.mark.parametrize("per_row", [True, False], ids=["row", "tensor"])
@@ -49,12 +66,13 @@ def test_rejects(device):
 
 
 @pytest.mark.parametrize("config", [PreQuantConfig(), PreQuantConfig.paper()], ids=["row", "tensor"])
-def test_layer_is_within_a_step_of_the_float_table(config, device):
+def test_layer_is_within_a_step_and_a_half_of_the_float_table(config, device):
+    """The top of the range is 256 steps above its bottom, one more than codes reach; rounding the zero point may cost half a step more."""
     embedding = nn.Embedding(40, 12, padding_idx=3).to(device)
     layer = PreQuantEmbedding.from_embedding(embedding, config)
     ids = torch.tensor([[0, 3], [39, 7]], device=device)
     assert layer(ids).shape == (2, 2, 12) and layer(ids.int()).equal(layer(ids))
-    assert ((layer(ids) - embedding(ids)).abs() <= 1.01 * layer.weight_scale.max()).all()
+    assert ((layer(ids) - embedding(ids)).abs() <= 1.51 * layer.weight_scale.max()).all()
     restored = layer.to_embedding()
     assert restored.padding_idx == 3 and restored.weight.requires_grad and restored(ids).equal(layer(ids))
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from emulated_kernels import emulated_kernels
 from operands import assert_identical, random_matrix
 
 from prequant_ext import ops, reference
@@ -13,6 +14,17 @@ CASES = {  # M, K, group_size
     "groups of one": (3, 4, 1),
     "minilm": (64, 384, 0),
     "no tokens": (0, 8, 0),
+    "no columns": (3, 0, 0),
+    "a warp's row, the ninth begins a block": (9, 512, 128),
+    "a warp's row of halves": (2, 1024, 64),
+    "more than a warp holds": (3, 1032, 0),
+    "128 threads' row, groups of three vectors": (2, 2040, 24),
+    "512 threads' row, groups that vectors straddle": (1, 4104, 12),
+    "512 threads' row of halves": (1, 16384, 4096),
+    "longer than any tile": (2, 16392, 0),
+    "longer than any tile, group after group": (1, 16640, 128),
+    "single values, more than a warp holds": (3, 515, 5),
+    "single values, longer than a tile": (2, 8197, 7),
 }
 
 
@@ -23,6 +35,13 @@ def test_identical_to_reference(case, dtype, per_token, device):
     M, K, group_size = case
     x = random_matrix(M, K, dtype, device) * 3 + 0.5
     for actual, expected in zip(ops.quantize_activations(x, per_token, group_size), reference.quantize_activations(x, per_token, group_size), strict=True):
+        assert_identical(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_rows_off_alignment(dtype, device):
+    x = random_matrix(1, 5 * 96 + 1, dtype, device).flatten()[1:].view(5, 96)
+    for actual, expected in zip(ops.quantize_activations(x, True, 32), reference.quantize_activations(x, True, 32), strict=True):
         assert_identical(actual, expected)
 
 
@@ -62,6 +81,29 @@ def test_excluded_dims_leave_the_range_to_the_rest(device):
         assert_identical(result, expected)
     codes, scale, zero_point, _ = actual
     assert (codes[:, 7:8] == zero_point).all() and scale.max() < 0.1
+
+
+@pytest.mark.parametrize("per_token", [True, False], ids=["token", "tensor"])
+@pytest.mark.parametrize("K", [40, 43, 1400, 16392], ids=str)
+def test_excluded_dims_anywhere_in_a_row(K, per_token, device):
+    x = random_matrix(3, K, torch.float16, device)
+    dims = torch.tensor([0, 7, 8, 31, K - 2, K - 1], device=device)
+    x[:, dims] *= 500
+    for result, expected in zip(ops.quantize_activations(x, per_token, 0, dims), reference.quantize_activations(x, per_token, 0, dims), strict=True):
+        assert_identical(result, expected)
+
+
+def test_excluded_dims_out_of_range_are_skipped():
+    """On a GPU the host function does not read them back."""
+    M, K = 5, 72
+    x = random_matrix(M, K, torch.float32, "cpu")
+    dims = torch.tensor([-(2**40), -1, 3, K, K + 5, 511, 2**40])
+    codes, scale = torch.empty(M, K, dtype=torch.uint8), torch.empty(M, 1)
+    zero_point, sums = torch.empty(M, 1, dtype=torch.uint8), torch.empty(M, 1, dtype=torch.int32)
+    results = (codes, scale, zero_point, sums)
+    emulated_kernels().quantize_tokens(x.data_ptr(), 0, M, K, dims.data_ptr(), len(dims), *(result.data_ptr() for result in results))
+    for result, expected in zip(results, reference.quantize_activations(x, True, 0, torch.tensor([3])), strict=True):
+        assert_identical(result, expected)
 
 
 def test_error_is_half_a_step(device):

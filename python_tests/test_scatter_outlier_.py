@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from emulated_kernels import emulated_kernels
 from operands import LAYERS, assert_identical, random_matrix, random_outliers
 
 from prequant_ext import ops, reference
@@ -14,6 +15,23 @@ def test_identical_to_reference(layer, accumulate, device):
     outliers = random_outliers(layer, device)
     expected = reference.scatter_outlier_(dense.clone(), *outliers, layer.axis, accumulate)
     assert_identical(ops.scatter_outlier_(dense, *outliers, layer.axis, accumulate), expected)
+    assert_identical(dense, expected)
+
+
+@pytest.mark.parametrize("accumulate", [False, True], ids=["assign", "add"])
+@pytest.mark.parametrize("axis", [1, 0], ids=["columns", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_dims_out_of_range_are_skipped(dtype, axis, accumulate):
+    """On a GPU the host function does not read them back."""
+    N, K = 6, 20
+    length = K if axis == 1 else N
+    dims = torch.tensor([-(2**40), -1, 0, length - 1, length, 2**40])
+    values = random_matrix(N, len(dims), torch.float32, "cpu") if axis == 1 else random_matrix(len(dims), K, torch.float32, "cpu")
+    dense = random_matrix(N, K, dtype, "cpu", seed=3)
+    inside = (dims >= 0) & (dims < length)
+    expected = reference.scatter_outlier_(dense.clone(), dims[inside], values[:, inside] if axis == 1 else values[inside], axis, accumulate)
+    code = [torch.float32, torch.float16, torch.bfloat16].index(dtype)  # in the order of Dtype in kernels.h
+    emulated_kernels().scatter_outlier(dense.data_ptr(), code, N, K, dims.data_ptr(), values.data_ptr(), len(dims), axis, accumulate)
     assert_identical(dense, expected)
 
 

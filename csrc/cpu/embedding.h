@@ -7,7 +7,8 @@
 
 namespace prequant::PREQUANT_LEVEL {
 
-inline void embedding(const int64_t* ids, const uint8_t* codes, const float* scale, const uint8_t* zero_point, bool per_row, MutableMatrix rows, Stream) {
+inline void embedding(const int64_t* ids, const uint8_t* codes, const float* scale, const uint8_t* zero_point, int64_t, bool per_row, MutableMatrix rows,
+                      Stream) {
     constexpr int64_t kChunk = 2048;
     parallel_for(rows.rows, rows.cols / 4, [&](int64_t begin, int64_t end) {
         float values[kChunk];
