@@ -10,12 +10,42 @@ namespace prequant::cuda {
 
 // The activations of a product: floats, or codes with their scale; the other one's data is null.
 struct Source {
-    Matrix floats;
-    Activations codes;
+    Matrix floats{nullptr, Dtype::float32, 0, 0};
+    Activations codes{};
 
-    int64_t rows() const { return codes.codes != nullptr ? codes.M : floats.rows; }
-    int64_t cols() const { return codes.codes != nullptr ? codes.K : floats.cols; }
+    // The one that is not set has no rows; an empty one's data is null too.
+    PREQUANT_HOST_DEVICE int64_t rows() const { return floats.rows > codes.M ? floats.rows : codes.M; }
+    PREQUANT_HOST_DEVICE int64_t cols() const { return floats.cols > codes.K ? floats.cols : codes.K; }
+    PREQUANT_HOST_DEVICE bool has_codes() const { return codes.codes != nullptr; }
+    PREQUANT_HOST_DEVICE int64_t token(int64_t m) const { return codes.per_token ? m : 0; }  // whose scale and zero point row m has
 };
+
+// Element `index` of floats of any dtype: for gathers, where a branch costs less than the load.
+PREQUANT_HOST_DEVICE inline float float_at(const void* data, Dtype dtype, int64_t index) {
+    switch (dtype) {
+        case Dtype::float16: return to_float(static_cast<const __half*>(data)[index]);
+        case Dtype::bfloat16: return to_float(static_cast<const __nv_bfloat16*>(data)[index]);
+        default: return static_cast<const float*>(data)[index];
+    }
+}
+
+// x[m, k] in float32.
+PREQUANT_HOST_DEVICE inline float value_at(const Source& x, int64_t m, int64_t k) {
+    if (!x.has_codes()) return float_at(x.floats.data, x.floats.dtype, m * x.floats.cols + k);
+    const int64_t token = x.token(m);
+    return static_cast<float>(x.codes.codes[m * x.codes.K + k] - x.codes.zero_point[token]) * x.codes.scale[token];
+}
+
+// Byte i of a word of codes as kCodeBias + code, exactly: one byte permutation instead of a conversion, which runs at a quarter of the rate.
+constexpr float kCodeBias = 8388608;  // 2^23: the lowest bits of such a float are an integer
+__device__ inline float biased_code(uint32_t word, int i) { return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u | static_cast<uint32_t>(i))); }
+
+// A grid of so many blocks along x, or an error.
+inline dim3 grid_of(const char* name, int64_t blocks) {
+    constexpr int64_t kMaxGridX = 2147483647;
+    if (blocks > kMaxGridX) throw std::runtime_error(std::string(name) + ": needs " + std::to_string(blocks) + " blocks, a CUDA launch has at most 2147483647");
+    return dim3(static_cast<unsigned>(blocks));
+}
 
 // side (M, r) float32 = x values^T for outliers of axis 0. Sums in float32, in a fixed order.
 void outlier_side(const Source& x, const Outliers& outliers, float* side, Stream stream);
