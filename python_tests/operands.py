@@ -1,8 +1,10 @@
 """Random operands for the operator tests, and the two ways of comparing with the reference."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from covering import pairwise
 from torch import Tensor
 
 from prequant_ext import reference
@@ -20,6 +22,11 @@ class Layer:
     blocks: str = "tensor"
     bits: int = 4
     dtype: torch.dtype = torch.float32
+    group_size: int = 0  # with blocks="group": 0 is 32 where it divides K, else two groups
+
+    def __str__(self) -> str:
+        blocks = f"{self.blocks}{self.group_size or ''}"
+        return f"M{self.M} K{self.K} N{self.N} r{self.r} axis{self.axis} {blocks} {self.bits}bit {str(self.dtype).removeprefix('torch.')}"
 
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -53,16 +60,40 @@ LAYERS = {
 GROUPS = 2  # of the cases with blocks="group", unless K is a multiple of 32
 
 
-def block_shape(blocks: str, N: int, K: int) -> tuple[int, int]:
-    groups = K // 32 if K % 32 == 0 else GROUPS
-    return {"tensor": (1, 1), "row": (N, 1), "group": (N, groups)}[blocks]
+# What the kernels of linear operators branch on. Numbers lie on a tile's edge, or one past it: tokens are taken 8, 16 and 64 at a time, columns k 64 and
+# 128 (copied 8 by 8), rows n 16, 128 and 256, outliers 16.
+FACTORS = {
+    "M": (0, 1, 3, 8, 16, 17, 63, 64, 65, 128, 200),
+    "K": (24, 64, 65, 128, 200, 320),
+    "N": (8, 17, 128, 129, 256, 257),
+    "r": (0, 1, 5, 16, 17),
+    "axis": (0, 1),
+    "blocks": ("tensor", "row", "group"),
+    "bits": (2, 4, 8),
+}
+
+
+def covering(dtypes: Sequence[torch.dtype], **factors: Sequence) -> dict[str, Layer]:
+    """Layers in which every two values of FACTORS (or of those given) meet; r is cut to its axis, and groups are of 64 in the next K that has some."""
+    layers = []
+    for case in pairwise(**{name: list(values) for name, values in {**FACTORS, "dtype": dtypes, **factors}.items()}):
+        if case["blocks"] == "group":
+            case |= {"K": max(128, -(-case["K"] // 64) * 64), "group_size": 64}
+        case["r"] = min(case["r"], case["K"] if case["axis"] == 1 else case["N"])
+        layers.append(Layer(**case))
+    return {str(layer): layer for layer in layers}
+
+
+def block_shape(layer: Layer) -> tuple[int, int]:
+    groups = layer.K // layer.group_size if layer.group_size else layer.K // 32 if layer.K % 32 == 0 else GROUPS
+    return {"tensor": (1, 1), "row": (layer.N, 1), "group": (layer.N, groups)}[layer.blocks]
 
 
 def random_weight(layer: Layer, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """weight_packed, scale, zero_point with every code and every zero point possible."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**layer.bits, (layer.N, layer.K), generator=generator, dtype=torch.uint8)
-    shape = block_shape(layer.blocks, layer.N, layer.K)
+    shape = block_shape(layer)
     scale = 0.01 + 0.05 * torch.rand(shape, generator=generator)
     zero_point = torch.randint(0, 2**layer.bits, shape, generator=generator, dtype=torch.uint8)
     return reference.pack(codes, layer.bits).to(device), scale.to(device), zero_point.to(device)

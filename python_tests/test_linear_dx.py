@@ -2,9 +2,20 @@
 
 import pytest
 import torch
-from operands import LAYERS, assert_as_accurate, random_matrix, random_outliers, random_weight
+from operands import BF16, F16, LAYERS, Layer, assert_as_accurate, assert_identical, covering, random_matrix, random_outliers, random_weight
 
 from prequant_ext import ops, reference
+
+COVERING = covering((F16, BF16))
+# Layers that the emulated GPU, of 108 multiprocessors, makes in other ways than those above: each is here for a branch of csrc/cuda/dispatch.h.
+LARGE = {
+    "reduction cut in parts, 16 tokens": Layer(13, 40, 1224, r=17, axis=0, dtype=F16),
+    "reduction cut in parts, 64 tokens": Layer(70, 34, 1032, blocks="row", dtype=BF16),
+    "odd K in parts": Layer(16, 33, 1088, bits=8, dtype=F16),
+    "groups of 128": Layer(20, 384, 520, blocks="group", group_size=128, dtype=F16),
+    "large weight, tiles of 64 tokens": Layer(20, 2056, 512, blocks="row", dtype=F16),
+    "513 tokens go the dense way": Layer(513, 64, 24, dtype=F16),
+}
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
@@ -16,6 +27,34 @@ def test_as_accurate_as_torch(layer, device):
     dx = ops.linear_dx(grad_y, *rest)
     assert dx.dtype == layer.dtype
     assert_as_accurate(dx, grad_y @ dense.to(layer.dtype), reference.linear_dx(grad_y.double(), *rest))
+
+
+@pytest.mark.parametrize("layer", COVERING.values(), ids=COVERING.keys())
+def test_every_edge(layer, device):
+    test_as_accurate_as_torch(layer, device)
+
+
+@pytest.mark.parametrize("layer", LARGE.values(), ids=LARGE.keys())
+def test_large_layers(layer, device):
+    test_as_accurate_as_torch(layer, device)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("M", [12, 70])
+def test_on_a_gpu_without_cp_async(M, dtype, device, monkeypatch):
+    """sm_75: a ring of two slots, and bfloat16 goes the dense way."""
+    monkeypatch.setenv("PREQUANT_EMULATED_SM", "75")
+    test_as_accurate_as_torch(Layer(M, 328, 136, dtype=dtype), device)
+
+
+@pytest.mark.parametrize("M", [12, 70])
+def test_misaligned_grad_y(M, device):
+    """Rows of grad_y that do not lie on 16 bytes."""
+    layer = Layer(M, 72, 24, dtype=F16)
+    grad_y = random_matrix(layer.M, layer.N, layer.dtype, device)
+    rest = (*random_weight(layer, device), *random_outliers(layer, device), layer.K, layer.bits, layer.axis)
+    shifted = torch.cat([grad_y.new_zeros(1), grad_y.flatten()])[1:].view_as(grad_y)
+    assert_identical(ops.linear_dx(shifted, *rest), ops.linear_dx(grad_y, *rest))
 
 
 def test_small_scales_do_not_underflow(device):

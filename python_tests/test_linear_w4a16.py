@@ -2,9 +2,23 @@
 
 import pytest
 import torch
-from operands import LAYERS, Layer, assert_as_accurate, random_matrix, random_outliers, random_weight
+from operands import BF16, F16, LAYERS, Layer, assert_as_accurate, assert_identical, covering, random_matrix, random_outliers, random_weight
 
 from prequant_ext import ops, reference
+
+COVERING = covering((F16, BF16))
+# Layers that the emulated GPU, of 108 multiprocessors, makes in other ways than those above: each is here for a branch of csrc/cuda/dispatch.h.
+LARGE = {
+    "reduction cut in parts, 16 tokens": Layer(13, 1224, 40, r=17, dtype=F16),
+    "reduction cut in parts, 64 tokens": Layer(70, 1032, 34, axis=0, blocks="row", dtype=BF16),
+    "a group cut in parts": Layer(17, 1536, 24, blocks="group", group_size=768, dtype=F16),
+    "odd N in parts": Layer(16, 1088, 33, bits=8, dtype=F16),
+    "8 tokens, columns in slabs": Layer(8, 4168, 20, dtype=F16),
+    "5 tokens, groups in slabs": Layer(5, 4608, 37, axis=0, blocks="group", group_size=128, dtype=BF16),
+    "small weight, tiles of 16 tokens": Layer(40, 128, 130, dtype=F16),
+    "large weight, tiles of 64 tokens": Layer(20, 512, 2056, blocks="row", dtype=F16),
+    "513 tokens go the dense way": Layer(513, 64, 24, dtype=F16),
+}
 
 
 def operands(layer: Layer, device: str):
@@ -25,6 +39,54 @@ def test_as_accurate_as_torch(layer, device):
     y = ops.linear_w4a16(x, *rest)
     assert y.dtype == layer.dtype
     assert_as_accurate(y, plain_torch(x, *rest), reference.linear_w4a16(x.double(), *rest))
+
+
+@pytest.mark.parametrize("layer", COVERING.values(), ids=COVERING.keys())
+def test_every_edge(layer, device, monkeypatch):
+    monkeypatch.setenv("PREQUANT_EMULATED_MULTIPROCESSORS", "1" if layer.N % 2 else "108")  # blocks of 32 rows where tokens are few; of 16
+    test_as_accurate_as_torch(layer, device)
+
+
+@pytest.mark.parametrize("layer", LARGE.values(), ids=LARGE.keys())
+def test_large_layers(layer, device):
+    test_as_accurate_as_torch(layer, device)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("M", [7, 12, 70])
+def test_on_a_gpu_without_cp_async(M, dtype, device, monkeypatch):
+    """sm_75: a ring of two slots, and bfloat16 goes the dense way."""
+    monkeypatch.setenv("PREQUANT_EMULATED_SM", "75")
+    test_as_accurate_as_torch(Layer(M, 328, 136, dtype=dtype), device)
+
+
+@pytest.mark.parametrize("M", [2, 12, 70])
+def test_misaligned_x(M, device):
+    """Rows of x that do not lie on 16 bytes."""
+    layer = Layer(M, 72, 24, dtype=F16)
+    x, rest = operands(layer, device)
+    shifted = torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
+    assert_identical(ops.linear_w4a16(shifted, *rest), ops.linear_w4a16(x, *rest))
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("M", [1, 16, 64])
+def test_zeroed_codes_contribute_nothing(M, dtype, device):
+    """A code equal to its zero point is exactly 0, whatever it meets."""
+    layer = Layer(M, 128, 48, r=0, blocks="row", dtype=dtype)
+    x, rest = operands(layer, device)
+    codes = rest[2].expand(layer.N, layer.K)
+    y = ops.linear_w4a16(x * 1000, reference.pack(codes.cpu(), 4).to(device), *rest[1:5], None, *rest[6:])
+    assert (y == 0).all()
+
+
+@pytest.mark.parametrize("M", [3, 16, 64])
+def test_large_values_are_scaled_before_they_are_rounded(M, device):
+    """A sum beyond float16's range, times a small scale: in range."""
+    layer = Layer(M, 256, 32, r=0, dtype=F16)
+    x, rest = torch.full((M, layer.K), 1000.0, dtype=F16, device=device), operands(layer, device)[1]
+    rest = (reference.pack(torch.full((layer.N, layer.K), 15, dtype=torch.uint8), 4).to(device), rest[1] * 0 + 1e-3, rest[2] * 0, *rest[3:5], None, *rest[6:])
+    assert_as_accurate(ops.linear_w4a16(x, *rest), reference.linear_w4a16(x, *rest), reference.linear_w4a16(x.double(), *rest))
 
 
 def test_non_contiguous_x_and_no_bias(device):
