@@ -1,10 +1,39 @@
 """linear_w4a8: integer products, exact before the float epilogue."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from operands import LAYERS, Layer, assert_as_accurate, assert_identical, random_matrix, random_outliers, random_weight
+from operands import BF16, F16, F32, LAYERS, Layer, assert_as_accurate, assert_identical, covering, random_matrix, random_outliers, random_weight
 
 from prequant_ext import ops, reference
+
+# Blocks take 7, 15, 31, 64 or 128 tokens, 16 to 128 rows of the weight, and stages of 128 to 2048 columns.
+COVERING = covering(
+    (F32, F16, BF16),
+    M=(0, 1, 3, 7, 8, 15, 16, 31, 32, 63, 64, 65, 128, 200),
+    K=(24, 64, 65, 128, 200, 320, 576),
+    N=(8, 17, 64, 129, 136),
+    bits=(4, 4, 2, 8),
+)
+# Ways of making a product that the shapes above are too small for, or too regular: each is here for a branch of csrc/cuda/linear_w4a8.cu.
+LARGE = {
+    "several stages, 7 tokens": Layer(5, 4200, 24, blocks="row"),
+    "pieces, 7 tokens": Layer(6, 2128, 20),
+    "pieces, 15 tokens, rows not aligned": Layer(9, 2061, 33, dtype=F16),
+    "pieces, 31 tokens": Layer(24, 2304, 70, axis=0, blocks="row", dtype=BF16),
+    "pieces, 64 tokens": Layer(50, 2176, 72, r=17, blocks="row", dtype=F16),
+    "pieces, 128 tokens, a chunk left over": Layer(70, 2112, 34, axis=0),
+    "pieces of groups": Layer(3, 66_000, 5, blocks="group", group_size=33_000, bits=8),
+    "pieces of groups, 64 tokens": Layer(33, 65_664, 4, blocks="group", group_size=32_832, dtype=F16),
+    "groups across chunks": Layer(6, 240, 40, blocks="group", group_size=80),
+    "groups across chunks, rows not aligned": Layer(12, 75, 36, blocks="group", group_size=25, dtype=F16),
+    "groups across chunks, many tokens": Layer(40, 144, 33, blocks="group", group_size=48, axis=0, dtype=BF16),
+    "groups larger than a stage": Layer(20, 1152, 20, blocks="group", group_size=576),
+    "groups of one column": Layer(33, 5, 9, blocks="group", group_size=1, r=2),
+    "groups of 128, many tokens": Layer(100, 384, 130, blocks="group", group_size=128, dtype=F16),
+    "odd groups of 8-bit codes": Layer(33, 99, 17, blocks="group", group_size=33, bits=8),
+}
 
 
 def operands(layer: Layer, device: str, per_token: bool = True):
@@ -29,9 +58,44 @@ def test_as_accurate_as_torch(layer, per_token, device):
 )
 def test_integer_part_is_exact(layer, device):
     """Without outliers and bias nothing is left but the integer sums and their scales: every bit agrees."""
-    x, activations, rest = operands(Layer(**{**layer.__dict__, "r": 0}), device)
+    x, activations, rest = operands(replace(layer, r=0), device)
     rest = (*rest[:5], None, *rest[6:])
     assert_identical(ops.linear_w4a8(x, *activations, *rest), reference.linear_w4a8(x, *activations, *rest))
+
+
+@pytest.mark.parametrize("layer", {**COVERING, **LARGE}.values(), ids={**COVERING, **LARGE}.keys())
+def test_every_edge(layer, device):
+    per_token = layer.N % 2 == 0
+    test_as_accurate_as_torch(layer, per_token, device)
+    test_integer_part_is_exact(replace(layer, dtype=F32), device)
+
+
+def test_a_gpu_of_one_multiprocessor_cuts_nothing(device, monkeypatch):
+    """The pieces of K are sums of integers: with them and without, every bit is the same."""
+    x, activations, rest = operands(LARGE["pieces, 128 tokens, a chunk left over"], device)
+    y = ops.linear_w4a8(x, *activations, *rest)
+    monkeypatch.setenv("PREQUANT_EMULATED_MULTIPROCESSORS", "1")
+    assert_identical(ops.linear_w4a8(x, *activations, *rest), y)
+
+
+@pytest.mark.parametrize("M", [2, 12, 40])
+def test_misaligned_codes(M, device):
+    """Rows of codes that do not lie on 16 bytes."""
+    x, activations, rest = operands(Layer(M, 80, 24), device)
+    codes = torch.cat([activations[0].new_zeros(1), activations[0].flatten()])[1:].view_as(activations[0])
+    assert_identical(ops.linear_w4a8(x, codes, *activations[1:], *rest), ops.linear_w4a8(x, *activations, *rest))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("M", [5, 12, 20, 50, 100])
+def test_a_scale_of_nan_is_its_token_alone(M, axis, device):
+    x, activations, rest = operands(Layer(M, 64, 40, axis=axis, dtype=F16), device)
+    y = ops.linear_w4a8(x, *activations, *rest)
+    activations[1][M - 2] = float("nan")
+    actual = ops.linear_w4a8(x, *activations, *rest)
+    assert torch.isnan(actual[M - 2]).all()
+    others = torch.arange(M, device=device) != M - 2
+    assert_identical(actual[others], y[others])
 
 
 @pytest.mark.slow
