@@ -6,6 +6,7 @@ the same name and arguments in ``reference.py``.
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ def _autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on. Nothing else is cast: codes, scales and outlier weights keep their types."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def _gradients_of(*inputs: Tensor | None) -> AbstractContextManager[Any]:
+    """Skips the Python half of autograd where no input of the call asks for a gradient: it would find that out by walking all arguments, which takes
+    longer than the product of a token with a small layer."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)):
+        return nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 @functools.cache
@@ -97,7 +106,8 @@ def linear_w4a16(
     axis: int,
     out_features: int | None = None,
 ) -> Tensor:
-    return _prequant.linear_w4a16(_autocast(x), weight_packed, scale, zero_point, outlier_dims, outlier_weight, bias, bits, axis, out_features)
+    with _gradients_of(x, scale, outlier_weight, bias):
+        return _prequant.linear_w4a16(_autocast(x), weight_packed, scale, zero_point, outlier_dims, outlier_weight, bias, bits, axis, out_features)
 
 
 def linear_w4a8(
@@ -117,23 +127,24 @@ def linear_w4a8(
     raw_outliers: bool,
     out_features: int | None = None,
 ) -> Tensor:
-    return _prequant.linear_w4a8(
-        _autocast(x),
-        x_codes,
-        x_scale,
-        x_zero_point,
-        x_sums,
-        weight_packed,
-        scale,
-        zero_point,
-        outlier_dims,
-        outlier_weight,
-        bias,
-        bits,
-        axis,
-        raw_outliers,
-        out_features,
-    )
+    with _gradients_of(x, scale, outlier_weight, bias):
+        return _prequant.linear_w4a8(
+            _autocast(x),
+            x_codes,
+            x_scale,
+            x_zero_point,
+            x_sums,
+            weight_packed,
+            scale,
+            zero_point,
+            outlier_dims,
+            outlier_weight,
+            bias,
+            bits,
+            axis,
+            raw_outliers,
+            out_features,
+        )
 
 
 def linear_dx(
