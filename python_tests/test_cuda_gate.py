@@ -12,6 +12,7 @@ import pytest
 from budgets import MULTIPROCESSORS, blocks_per_multiprocessor, find_budget, read_budgets
 from cubins import ARCHITECTURES, ROOT, SOURCES, Cubin, Kernel
 
+FILES = [*SOURCES, *sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))]  # kernels that several sources launch stand in headers
 pytestmark = [pytest.mark.gate, pytest.mark.slow, pytest.mark.timeout(2400)]
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids="sm_{}".format)
 
@@ -36,7 +37,7 @@ def kernels(cubins: list[Cubin], architecture: int) -> list[Kernel]:
 
 
 def test_every_kernel_of_the_sources_is_compiled(cubins):
-    declared = {name for source in SOURCES for name in re.findall(r"\b(\w+_kernel)\(", _without_comments(source)) if "__global__" in source.read_text()}
+    declared = {name for source in FILES for name in re.findall(r"\b(\w+_kernel)\(", _without_comments(source)) if "__global__" in source.read_text()}
     compiled = {kernel.function for cubin in cubins for kernel in cubin.kernels}
     assert compiled and compiled <= declared
     assert not {name for name in declared if _is_defined(name)} - compiled
@@ -47,7 +48,7 @@ def _without_comments(source: Path) -> str:
 
 
 def _is_defined(kernel: str) -> bool:
-    return any(re.search(rf"__global__[^;{{]*?\b{kernel}\(", _without_comments(source)) for source in SOURCES)
+    return any(re.search(rf"__global__[^;{{]*?\b{kernel}\(", _without_comments(source)) for source in FILES)
 
 
 @each_architecture

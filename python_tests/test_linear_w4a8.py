@@ -11,7 +11,7 @@ from prequant_ext import ops, reference
 # Blocks take 7, 15, 31, 64 or 128 tokens, 16 to 128 rows of the weight, and stages of 128 to 2048 columns.
 COVERING = covering(
     (F32, F16, BF16),
-    M=(0, 1, 3, 7, 8, 15, 16, 31, 32, 63, 64, 65, 128, 200),
+    M=(0, 1, 3, 7, 8, 15, 16, 17, 31, 32, 63, 64, 65, 128, 200),
     K=(24, 64, 65, 128, 200, 320, 576),
     N=(8, 17, 64, 129, 136),
     bits=(4, 4, 2, 8),
