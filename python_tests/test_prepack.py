@@ -119,3 +119,12 @@ def test_rejects(device, request):
         ops.unprepack(prepacked, 17, 16, 4)
     with pytest.raises(RuntimeError, match="prepack has K = 20 but weight_packed packs 16"):
         ops.prepack(torch.zeros(4, 8, dtype=torch.uint8, device=device), 20, 4)
+
+
+def test_chunks_off_16_bytes_are_refused(device, request):
+    if request.node.callspec.params["device"] == "cpu":
+        pytest.skip("panels are read at any address")
+    prepacked = ops.prepack(torch.zeros(16, 32, dtype=torch.uint8, device=device), 64, 4)
+    shifted = torch.zeros(prepacked.numel() + 1, dtype=torch.uint8, device=device)[1:].view(prepacked.shape)
+    with pytest.raises(RuntimeError, match=r"prepacked must lie on a multiple of 16 bytes: clone\(\) makes one that does"):
+        ops.unprepack(shifted, 16, 64, 4)

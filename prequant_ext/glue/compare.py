@@ -63,13 +63,14 @@ def run_of(line: Line) -> Run:
     return Run(line["task"], line["arm"], line["lr"], line["seed"])
 
 
-def best_rate(lines: Sequence[Line], task: str, method: str, seed: int) -> float | None:
-    """The learning rate with the best score of ``seed``, the smaller one of equals; None while the grid is incomplete."""
-    grid = {line["lr"]: line["score"] for line in lines if (line["task"], line["arm"], line["seed"]) == (task, method, seed)}
-    rates = GRID[method]
-    if not all(rate in grid for rate in rates):
-        return None
-    return max(rates, key=lambda rate: (grid[rate], -rate))
+def rates_tried(lines: Sequence[Line], task: str, method: str, seed: int) -> dict[float, float]:
+    """Learning rate -> score of ``seed``'s finished runs."""
+    return {line["lr"]: line["score"] for line in lines if (line["task"], line["arm"], line["seed"]) == (task, method, seed)}
+
+
+def best_rate(tried: dict[float, float]) -> float:
+    """The learning rate with the best score, the smaller one of equals."""
+    return max(tried, key=lambda rate: (tried[rate], -rate))
 
 
 def ready(lines: Sequence[Line], tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int], search_task: str | None = None) -> Iterator[Run]:
@@ -83,8 +84,9 @@ def ready(lines: Sequence[Line], tasks: Sequence[str], methods: Sequence[str], s
                 yield from (Run(task, method, rate, seeds[0]) for rate in GRID[method])
     for task in tasks:
         for method in methods:
-            rate = best_rate(lines, search_task or task, method, seeds[0])
-            if rate is not None:
+            tried = rates_tried(lines, search_task or task, method, seeds[0])
+            if set(GRID[method]) <= set(tried):
+                rate = best_rate(tried)
                 first = 1 if search_task in (None, task) else 0  # the grid has run the lowest seed already
                 yield from (Run(task, method, rate, seed) for seed in seeds[first:])
 
@@ -162,7 +164,7 @@ def chosen(lines: Sequence[Line], task: str, method: str) -> list[Line]:
     of_arm = [line for line in lines if (line["task"], line["arm"]) == (task, method)]
     if not of_arm:
         return []
-    rate = best_rate(lines, searched_task(lines, task, method), method, min(line["seed"] for line in of_arm))
+    rate = best_rate(rates_tried(lines, searched_task(lines, task, method), method, min(line["seed"] for line in lines)))
     return sorted((line for line in of_arm if line["lr"] == rate), key=lambda line: line["seed"])
 
 
@@ -204,15 +206,16 @@ def table_lines(lines: Sequence[Line]) -> Iterator[str]:
             ]
             yield f"| {' | '.join(cells)} |"
         searched = searched_task(lines, name, next(method for method, runs in arms.items() if runs)) if any(arms.values()) else name
-        notes += _notes(name, arms, searched)
+        notes += _notes(lines, name, arms, searched)
     yield ""
     yield from (f"- {note}" for note in notes)
 
 
-def _notes(name: str, arms: dict[str, list[Line]], searched: str) -> Iterator[str]:
+def _notes(lines: Sequence[Line], name: str, arms: dict[str, list[Line]], searched: str) -> Iterator[str]:
     task, first = get_task(name), next(runs[0] for runs in arms.values() if runs)
     seeds = sorted({line["seed"] for runs in arms.values() for line in runs})
-    grids = "; ".join(f"{method} {', '.join(f'{rate:g}' for rate in GRID[method])}" for method, runs in arms.items() if runs)
+    tried = {method: sorted(rates_tried(lines, searched, method, seeds[0])) for method, runs in arms.items() if runs}
+    grids = "; ".join(f"{method} {', '.join(f'{rate:g}' for rate in rates)}" for method, rates in tried.items())
     yield (
         f"{name}: {first['n_train']:,} training rows, {first['n_validation']:,} validation rows, {first['epochs']} epochs, batch {first['batch_size']}, "
         f"max_length {first['max_length']}, best epoch of each run, seeds {', '.join(map(str, seeds))}; "
