@@ -1,5 +1,5 @@
 # make demo   quantize a real model once, fine-tune 0.5 % of its weights, compare with full fine-tuning
-# make test   every test
+# make test   every test but those of make gate
 # make gate   what nvcc makes of the CUDA kernels, what they do to memory; needs nvcc, no GPU. make budgets: measure csrc/cuda/budgets.toml anew
 # make gpu-model   predicted times on GPUs: a model, no GPU was used
 # make test-gpu, make bench-gpu   on a GPU: tests, under compute-sanitizer too; times beside cuBLAS, into bench/results
@@ -73,7 +73,7 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.built
 	@echo "== tests"
-	@$(if $(DATA),PREQUANT_DATA_DIR=$(abspath $(DATA))) $(BIN)/python -m pytest -q $(PYTEST)
+	@$(if $(DATA),PREQUANT_DATA_DIR=$(abspath $(DATA))) $(BIN)/python -m pytest -q -m 'not gate' $(PYTEST)
 
 gate: $(VENV)/.built
 	@echo "== gate: the CUDA kernels for every architecture, without a GPU$(if $(NVCC),,; skipped: nvcc is not installed)"

@@ -208,7 +208,7 @@ def vector_launch(M: int, N: int, K: int, gpu: Gpu) -> Launch:
         "gemv_kernel",
         ceil(N / rows),
         256,
-        max(slab * 128 * M, 8 * 8 * (rows + 4) * 4),
+        max(slab * 128 * M, (8 * (8 * rows + 32) + rows * 17 + 128) * 4),
         dram_bytes=N * K / 2 + M * K * 2 + M * N * 2,
         l2_bytes=bytes_read,
         products=ceil(N / rows) * rows * chunks * 64 * 8,
@@ -225,7 +225,7 @@ def integer_launches(M: int, N: int, K: int, gpu: Gpu) -> list[Launch]:
     is_tile = M > 31
     if is_tile:
         rows, columns, slices, name = (64 if M <= 64 else 128), 128, 1, "linear_w4a8_tiles_kernel<{}, false>"
-        padded_rows, step, shared = rows, 128, {64: 48640, 128: 57344}[rows]
+        padded_rows, step, shared = rows, 128, {64: 40960, 128: 57344}[rows]
         name, in_flight = name.format(rows), 2 * 8192 + rows * step
     else:
         token_tiles, strips, slices = (1, 1, 8) if M <= 7 else (2, 2, 4) if M <= 15 else (4, 4, 2)
@@ -375,7 +375,7 @@ def sass() -> dict[int, dict[str, cubins.Kernel]]:
 
 
 def rows(predictions: list[Prediction]) -> Iterator[str]:
-    yield f"{LABEL}. speedup: over an ideal cuBLAS float16, {LABEL}"
+    yield f"{LABEL}. speedup: over an ideal cuBLAS float16 of the same model"
     yield f"{'GPU':5} {'operator':13} {'M':>5} {'N x K':>12} {'us':>8} {'cuBLAS':>8} {'speedup':>8}  {'target':11} bound by"
     for p in predictions:
         target = "" if p.parity is None else f"{p.parity:g}" + (f" / {p.stretch:g}" if p.stretch else "")

@@ -203,7 +203,7 @@ DEQUANTIZATION = {
     "float16, transposed": ("words_kernel<__half, 4, true, {}>", 40, 75),
     "bfloat16": ("words_kernel<__nv_bfloat16, 4, false, {}>", 44, 80),
     "bfloat16, transposed": ("words_kernel<__nv_bfloat16, 4, true, {}>", 48, 80),
-    "8-bit operands": ("integer_tile_kernel<4, {}>", 12, 75),
+    "8-bit operands": ("integer_operands_kernel<4, {}>", 12, 75),
 }
 
 

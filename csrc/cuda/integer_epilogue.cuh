@@ -138,7 +138,9 @@ PREQUANT_DEVICE void finish_tile(const Epilogue& epilogue, int64_t m0, int64_t n
                 for (int v = 0; v < kQuad; ++v) weights[v] = values[weight_place(column + v, pitch) + j];
 #pragma unroll
                 for (int i = 0; i < kMine; ++i) {
-                    const float number = first_row + i * kStride < kRows ? gathered[j * kRows + first_row + i * kStride] : 0;
+                    int row = first_row + i * kStride;
+                    if constexpr (kRows % kStride != 0) row = row < kRows ? row : kRows - 1;  // one that is not stored
+                    const float number = row < kRows ? gathered[j * kRows + row] : 0;  // always true; without it ptxas takes registers that it lacks
 #pragma unroll
                     for (int v = 0; v < kQuad; ++v) mine[i].at[v] = __fmaf_rn(number, weights[v], mine[i].at[v]);
                 }

@@ -5,7 +5,8 @@
 namespace prequant::cuda {
 
 template <typename T, int kContainer, bool kTransposed, int kCount>
-__global__ void words_kernel(const LaneCodes<kContainer>* __restrict__ codes, ZeroPoints zero, Registers* __restrict__ out) {
+__global__ void words_kernel(const LaneCodes<kContainer>* __restrict__ codes, const ZeroPoints* __restrict__ zeros, Registers* __restrict__ out) {
+    const ZeroPoints zero = zeros[threadIdx.x];  // in registers, as in the kernels
     LaneCodes<kContainer> mine[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) mine[i] = codes[threadIdx.x * kCount + i];
@@ -18,9 +19,11 @@ __global__ void words_kernel(const LaneCodes<kContainer>* __restrict__ codes, Ze
         }
 }
 
-#define INSTANTIATE(T, kContainer, kTransposed)                                                                                                           \
-    template __global__ void words_kernel<T, kContainer, kTransposed, 4>(const LaneCodes<kContainer>* __restrict__, ZeroPoints, Registers* __restrict__); \
-    template __global__ void words_kernel<T, kContainer, kTransposed, 8>(const LaneCodes<kContainer>* __restrict__, ZeroPoints, Registers* __restrict__);
+#define INSTANTIATE(T, kContainer, kTransposed)                                                                                                     \
+    template __global__ void words_kernel<T, kContainer, kTransposed, 4>(const LaneCodes<kContainer>* __restrict__, const ZeroPoints* __restrict__, \
+                                                                         Registers* __restrict__);                                                  \
+    template __global__ void words_kernel<T, kContainer, kTransposed, 8>(const LaneCodes<kContainer>* __restrict__, const ZeroPoints* __restrict__, \
+                                                                         Registers* __restrict__);
 INSTANTIATE(__half, 4, false)
 INSTANTIATE(__half, 4, true)
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
