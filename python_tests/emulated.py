@@ -58,7 +58,7 @@ def _build_file() -> str:
     flags = [*_CXX_FLAGS, "-DPREQUANT_EMULATED", *(f"-isystem {include}" for include in includes)]
     lines = [
         "rule compile",
-        f"  command = nice -n 5 g++ {' '.join(flags)} $flags -MMD -MF $out.d -c $in -o $out",
+        f"  command = g++ {' '.join(flags)} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -100,7 +100,7 @@ def build(variant: str = "fast") -> Path:
             build_file.write_text(text)
         ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}") or "ninja"
         environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-        done = subprocess.run([ninja, "-j", "2", f"{variant}.library"], cwd=FOLDER, capture_output=True, text=True, env=environment)
+        done = subprocess.run([ninja, "-j", str(os.cpu_count()), f"{variant}.library"], cwd=FOLDER, capture_output=True, text=True, env=environment)
         if done.returncode != 0:
             raise RuntimeError(f"the emulated library does not build:\n{done.stdout}{done.stderr}")
     return FOLDER / variant / f"{LIBRARIES[variant]}.so"
@@ -122,13 +122,6 @@ def _load(variant: str) -> ModuleType:
     loader.exec_module(module)
     ops.register(name)
     return module
-
-
-def operators(variant: str = "fast") -> set[str]:
-    """The operators that the emulated kernel table has."""
-    load(variant)
-    info = dict(entry.split("=", 1) for entry in getattr(torch.ops, LIBRARIES[variant]).build_info().split(";"))
-    return set(filter(None, info["cpu_ops"].split(",")))
 
 
 def c_functions(path: Path) -> ctypes.CDLL:
