@@ -46,6 +46,10 @@ int64_t Device::prepacked_bytes(int64_t N, int64_t K, int container) const {
 }
 
 void* Device::allocate(int64_t bytes) {
+#ifndef PREQUANT_EMULATED
+    // Kept by the thread: torch's allocator takes longer than a small layer.
+    if (gpu_ < 0) return buffers_.emplace_back(std::make_unique<Buffer>(bytes))->data();
+#endif
     constexpr int64_t kAlignment = 256;
     scratch_.push_back(empty_on(like_, {bytes + kAlignment}, ScalarType::Byte));  // torch aligns less on the CPU
     const uintptr_t address = reinterpret_cast<uintptr_t>(scratch_.back().mutable_data_ptr());

@@ -4,9 +4,12 @@
 //                                     bits    7..0    7..0               a row starts on a byte, its last byte is padded with 0 bits.
 //                                     codes   1 0     3 2     ...        Container 2 holds four codes a byte, container 8 one.
 //
-//   prepacked panel (CPU)             word w of panel p, 64 bytes:       The 32-bit words of 16 rows side by side, so that one
-//                                     row 16p | 16p+1 | ... | 16p+15     512-bit load brings 4 bytes of each of 16 rows.
-//                                     bytes 4w..4w+3 of each             Missing rows and bytes are 0.
+//   prepacked panel (CPU)             word w of panel p, 64 bytes:       Words of 32 bits of 16 rows side by side: one 512-bit load brings the
+//                                     row 16p | 16p+1 | ... | 16p+15     next 32 / container codes of each of 16 rows. Code i of a word lies in
+//                                     4 bytes of each                    byte i % 4 at bit container * (i / 4): a shift and a mask bring four
+//                                                                        consecutive codes as four bytes, or every other one as two int16.
+//                                     after the last word 16 int32:      Missing rows and codes are 0.
+//                                     the sum of each row's codes
 //
 //   tensor-core chunk (CUDA)          16 rows (n) x 64 columns (k), kept lane by lane: lane 4g + t of a warp holds 32 codes, at 4 bits
 //                                     16 bytes, one 128-bit load. Its code i, from the lowest bits up, is
@@ -41,14 +44,16 @@ PREQUANT_HOST_DEVICE constexpr int code_at(const uint8_t* row, int64_t k, int co
     return (row[k / per_byte] >> (static_cast<int>(k % per_byte) * container)) & ((1 << container) - 1);
 }
 
-constexpr int64_t kPanelRows = 16;  // rows of a prepacked panel
-constexpr int64_t kWordBytes = 4;   // consecutive bytes of one row in a panel
+constexpr int64_t kPanelRows = 16;   // rows of a prepacked panel
+constexpr int64_t kPanelBytes = 64;  // of one word, or sum, of each of them
 
-PREQUANT_HOST_DEVICE constexpr int64_t panel_words(int64_t K, int container) { return ceil_div(packed_row_bytes(K, container), kWordBytes); }
+PREQUANT_HOST_DEVICE constexpr int word_codes(int container) { return 32 / container; }
+PREQUANT_HOST_DEVICE constexpr int64_t panel_words(int64_t K, int container) { return ceil_div(K, word_codes(container)); }
+PREQUANT_HOST_DEVICE constexpr int word_shift(int i, int container) { return 8 * (i % 4) + container * (i / 4); }  // of code i of a word
 
-// Where byte j of canonical row n lies in the prepacked buffer.
-PREQUANT_HOST_DEVICE constexpr int64_t prepacked_index(int64_t n, int64_t j, int64_t words) {
-    return ((n / kPanelRows * words + j / kWordBytes) * kPanelRows + n % kPanelRows) * kWordBytes + j % kWordBytes;
+// Where word k / word_codes of row n lies in the prepacked buffer.
+PREQUANT_HOST_DEVICE constexpr int64_t panel_offset(int64_t n, int64_t word, int64_t words) {
+    return ((n / kPanelRows) * (words + 1) + word) * kPanelBytes + n % kPanelRows * 4;
 }
 
 constexpr int64_t kChunkRows = 16, kChunkColumns = 64;

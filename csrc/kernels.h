@@ -68,8 +68,10 @@ struct Stream {
 };
 
 struct Kernels {
-    // Whether linear_w4a16, linear_w4a8 and linear_dx read prepacked weights; every other kernel but dequantize reads canonical rows. Operators convert.
+    // Whether linear_w4a16, linear_w4a8 and linear_dx read prepacked weights, and scale_grad; every other kernel but dequantize reads canonical rows.
+    // Operators convert.
     bool linear_reads_prepacked;
+    bool scale_grad_reads_prepacked;
     // Whether a product of M tokens is better made by dequantizing the weight once and calling torch's matrix product; null: never.
     bool (*prefers_dense)(int64_t M, const Weight& weight, Dtype dtype);
 
@@ -95,9 +97,10 @@ struct Kernels {
                       Stream);
 
     // raw: null, or the float activations whose outlier columns are multiplied as they are; bias: null or (N)
-    void (*linear_w4a16)(Matrix x, Weight weight, Outliers outliers, const float* bias, MutableMatrix y, Stream);
+    // in_float32: float32 inputs are multiplied as they are; otherwise a kernel may round them to int16 blocks (cpu/block_rows.h states the error)
+    void (*linear_w4a16)(Matrix x, Weight weight, Outliers outliers, const float* bias, bool in_float32, MutableMatrix y, Stream);
     void (*linear_w4a8)(Activations x, const Matrix* raw, Weight weight, Outliers outliers, const float* bias, MutableMatrix y, Stream);
-    void (*linear_dx)(Matrix grad_y, Weight weight, Outliers outliers, MutableMatrix grad_x, Stream);
+    void (*linear_dx)(Matrix grad_y, Weight weight, Outliers outliers, bool in_float32, MutableMatrix grad_x, Stream);
 
     // Either x (float) or codes is given: the other one's data is null.
     void (*outlier_grad)(Matrix grad_y, Matrix x, Activations codes, const int64_t* dims, int64_t r, int axis, float* gradient, Stream);

@@ -8,6 +8,7 @@
 //   weight (N, K) float    weight_packed (N, B) uint8    scale float32, zero_point uint8: (1, 1), (N, 1) or (N, G)
 //   axis 1: outlier_dims are columns, outlier_weight (N, r);  axis 0: rows, (r, K)
 //   linear_*: weight_packed is canonical, or what prepack made of it (3 dimensions), which costs no conversion in the call; then out_features says N
+//   in_float32: float32 inputs are multiplied as they are; False lets a kernel round them to int16 blocks, as it may with half-width inputs always
 #include "ops.h"
 
 #include <Python.h>
@@ -40,13 +41,14 @@ STABLE_TORCH_LIBRARY(PREQUANT_LIBRARY, m) {
     // the linear layer: x (M, K) -> y (M, N); grad_y (M, N) -> grad_x (M, K); gradients of outlier_weight and of scale
     m.def(
         "linear_w4a16(Tensor x, Tensor weight_packed, Tensor scale, Tensor zero_point, Tensor outlier_dims, Tensor outlier_weight, Tensor? bias, int bits, "
-        "int axis, int? out_features=None) -> Tensor");
+        "int axis, int? out_features=None, bool in_float32=True) -> Tensor");
     m.def(
-        "linear_w4a8(Tensor x, Tensor x_codes, Tensor x_scale, Tensor x_zero_point, Tensor x_sums, Tensor weight_packed, Tensor scale, Tensor zero_point, "
-        "Tensor outlier_dims, Tensor outlier_weight, Tensor? bias, int bits, int axis, bool raw_outliers, int? out_features=None) -> Tensor");
+        "linear_w4a8(Tensor x, Tensor? x_codes, Tensor? x_scale, Tensor? x_zero_point, Tensor? x_sums, Tensor weight_packed, Tensor scale, Tensor zero_point, "
+        "Tensor outlier_dims, Tensor outlier_weight, Tensor? bias, int bits, int axis, bool raw_outliers, int? out_features=None, bool per_token=True) -> "
+        "Tensor");
     m.def(
         "linear_dx(Tensor grad_y, Tensor weight_packed, Tensor scale, Tensor zero_point, Tensor outlier_dims, Tensor outlier_weight, int K, int bits, "
-        "int axis) -> Tensor");
+        "int axis, bool in_float32=True) -> Tensor");
     m.def("outlier_grad(Tensor grad_y, Tensor x, Tensor? x_scale, Tensor? x_zero_point, Tensor outlier_dims, int axis) -> Tensor");
     m.def("scale_grad(Tensor grad_y, Tensor x, Tensor? x_scale, Tensor? x_zero_point, Tensor weight_packed, Tensor zero_point, int bits) -> Tensor");
 

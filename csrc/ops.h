@@ -4,11 +4,13 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "checks.h"
+#include "cpu/parallel.h"
 
 namespace prequant {
 
@@ -32,12 +34,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_activations(const Tensor& x,
                                                                 const std::optional<Tensor>& excluded_dims);
 Tensor embedding(const Tensor& ids, const Tensor& codes, const Tensor& scale, const Tensor& zero_point, ScalarType dtype);
 Tensor linear_w4a16(const Tensor& x, const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims,
-                    const Tensor& outlier_weight, const std::optional<Tensor>& bias, int64_t bits, int64_t axis, std::optional<int64_t> out_features);
-Tensor linear_w4a8(const Tensor& x, const Tensor& x_codes, const Tensor& x_scale, const Tensor& x_zero_point, const Tensor& x_sums, const Tensor& weight_packed,
-                   const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims, const Tensor& outlier_weight, const std::optional<Tensor>& bias,
-                   int64_t bits, int64_t axis, bool raw_outliers, std::optional<int64_t> out_features);
+                    const Tensor& outlier_weight, const std::optional<Tensor>& bias, int64_t bits, int64_t axis, std::optional<int64_t> out_features,
+                    bool in_float32);
+Tensor linear_w4a8(const Tensor& x, const std::optional<Tensor>& x_codes, const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
+                   const std::optional<Tensor>& x_sums, const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims,
+                   const Tensor& outlier_weight, const std::optional<Tensor>& bias, int64_t bits, int64_t axis, bool raw_outliers,
+                   std::optional<int64_t> out_features, bool per_token);
 Tensor linear_dx(const Tensor& grad_y, const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims,
-                 const Tensor& outlier_weight, int64_t K, int64_t bits, int64_t axis);
+                 const Tensor& outlier_weight, int64_t K, int64_t bits, int64_t axis, bool in_float32);
 Tensor outlier_grad(const Tensor& grad_y, const Tensor& x, const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
                     const Tensor& outlier_dims, int64_t axis);
 Tensor scale_grad(const Tensor& grad_y, const Tensor& x, const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
@@ -74,7 +78,10 @@ class Device {
     const Kernels* kernels_ = nullptr;
     int32_t gpu_ = -1;
     void* stream_ = nullptr;
-    std::vector<Tensor> scratch_;  // goes back to the allocator with this: kernels are enqueued by then, and it reuses memory in stream order
+#ifndef PREQUANT_EMULATED
+    std::vector<std::unique_ptr<Buffer>> buffers_;  // scratch on the CPU
+#endif
+    std::vector<Tensor> scratch_;  // on a GPU: goes back to the allocator with this: kernels are enqueued by then, and it reuses memory in stream order
     std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
@@ -87,7 +94,7 @@ struct PrepackedShape {
 
 inline PrepackedShape prepacked_shape(const Tensor& like, int64_t N, int64_t K, int container) {
     if (has_chunks(like)) return {{ceil_div(N, kChunkRows), chunks_along(K), chunk_bytes(container)}};
-    return {{ceil_div(N, kPanelRows), panel_words(K, container), kPanelRows * kWordBytes}};
+    return {{ceil_div(N, kPanelRows), panel_words(K, container) + 1, kPanelBytes}};
 }
 
 inline void check_prepacked(const Tensor& prepacked, const char* name, int64_t N, int64_t K, int64_t bits) {

@@ -95,7 +95,8 @@ static Tensor dense_linear(const Tensor& x, const Tensor& dense, const std::opti
 }
 
 Tensor linear_w4a16(const Tensor& x, const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims,
-                    const Tensor& outlier_weight, const std::optional<Tensor>& bias, int64_t bits, int64_t axis, std::optional<int64_t> out_features) {
+                    const Tensor& outlier_weight, const std::optional<Tensor>& bias, int64_t bits, int64_t axis, std::optional<int64_t> out_features,
+                    bool in_float32) {
     check_matrix(x, "x");
     const Tensor x_ = row_major(x);
     const Matrix view = matrix(x_, "x");
@@ -109,40 +110,77 @@ Tensor linear_w4a16(const Tensor& x, const Tensor& weight_packed, const Tensor& 
     if (prefers_dense(device, view.rows, weight.view(), x.scalar_type()))
         return dense_linear(x_, dense_weight(device, x, weight.view(), outliers.view(), x.scalar_type()), bias);
     Tensor y = empty_on(x, {view.rows, N}, x.scalar_type());
-    kernel(view, in_layout(device, weight.view(), reads_prepacked(device)), outliers.view(), bias_.data(), mutable_matrix(y, "x"), device.stream());
-    return y;
-}
-
-Tensor linear_w4a8(const Tensor& x, const Tensor& x_codes, const Tensor& x_scale, const Tensor& x_zero_point, const Tensor& x_sums, const Tensor& weight_packed,
-                   const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims, const Tensor& outlier_weight, const std::optional<Tensor>& bias,
-                   int64_t bits, int64_t axis, bool raw_outliers, std::optional<int64_t> out_features) {
-    check_matrix(x, "x");
-    const int64_t M = x.size(0), K = x.size(1), N = rows_of(weight_packed, out_features);
-    const WeightArguments weight(weight_packed, scale, zero_point, N, K, bits, "x");
-    const OutlierArguments outliers(outlier_dims, outlier_weight, axis, N, K);
-    const ActivationArguments activations(x_codes, x_scale, x_zero_point, M, K);
-    check_dtype(x_sums, "x_sums", ScalarType::Int);
-    check_shape(x_sums, "x_sums", M, scale.size(1));
-    STD_TORCH_CHECK(!raw_outliers || axis == 1, "raw_outliers multiplies input columns and needs axis = 1, got axis = 0");
-    const BiasArgument bias_(bias, x, N);
-    check_layer_device(x, "x", weight_packed, outlier_dims, outlier_weight);
-    check_device(x_codes, "x_codes", x, "x");
-    check_device(x_sums, "x_sums", x, "x");
-    Device device(x);
-    Tensor y = empty_on(x, {M, N}, x.scalar_type());
-    const Tensor sums_ = row_major(x_sums);
-    Activations view = activations.view();
-    view.sums = sums_.const_data_ptr<int32_t>();
-    const Tensor raw_ = raw_outliers ? row_major(x) : x;
-    const Matrix raw = matrix(raw_, "x");
-    const auto kernel = device.require(&Kernels::linear_w4a8, "linear_w4a8");
-    kernel(view, raw_outliers ? &raw : nullptr, in_layout(device, weight.view(), reads_prepacked(device)), outliers.view(), bias_.data(),
+    kernel(view, in_layout(device, weight.view(), reads_prepacked(device)), outliers.view(), bias_.data(), in_float32 && view.dtype == Dtype::float32,
            mutable_matrix(y, "x"), device.stream());
     return y;
 }
 
+// The activations of linear_w4a8: as they were given, or made here in scratch that lasts as long as this.
+class LinearActivations {
+   public:
+    LinearActivations(const std::optional<Tensor>& codes, const std::optional<Tensor>& scale, const std::optional<Tensor>& zero_point,
+                      const std::optional<Tensor>& sums, const Tensor& x, int64_t M, int64_t K, int64_t G) {
+        STD_TORCH_CHECK(codes.has_value() == scale.has_value() && codes.has_value() == zero_point.has_value() && codes.has_value() == sums.has_value(),
+                        "x_codes, x_scale, x_zero_point and x_sums must be given together, or none of them");
+        if (!codes.has_value()) return;
+        given_.emplace(*codes, *scale, *zero_point, M, K);
+        check_dtype(*sums, "x_sums", ScalarType::Int);
+        check_shape(*sums, "x_sums", M, G);
+        check_device(*codes, "x_codes", x, "x");
+        check_device(*sums, "x_sums", x, "x");
+        sums_ = row_major(*sums);
+    }
+    bool are_given() const { return given_.has_value(); }
+    Activations view() const {
+        Activations view = given_->view();
+        view.sums = sums_.const_data_ptr<int32_t>();
+        return view;
+    }
+
+   private:
+    std::optional<ActivationArguments> given_;
+    Tensor sums_;
+};
+
+static Activations quantize_into_scratch(Device& device, const Matrix& x, bool per_token, int64_t G, const int64_t* excluded, int64_t size) {
+    const auto quantize = device.require(&Kernels::quantize_activations, "quantize_activations");
+    const int64_t M = x.rows, K = x.cols, ranges = per_token ? M : 1;
+    const int64_t sums = ranges * 4, zero_points = sums + M * G * 4, codes = zero_points + ceil_div(ranges, 64) * 64;
+    uint8_t* const memory = static_cast<uint8_t*>(device.stream().scratch(codes + M * K + 1));
+    Activations made{memory + codes, reinterpret_cast<float*>(memory), memory + zero_points, reinterpret_cast<int32_t*>(memory + sums), M, K, per_token};
+    quantize(x, per_token, G, excluded, size, memory + codes, reinterpret_cast<float*>(memory), memory + zero_points, reinterpret_cast<int32_t*>(memory + sums),
+             device.stream());
+    return made;
+}
+
+Tensor linear_w4a8(const Tensor& x, const std::optional<Tensor>& x_codes, const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
+                   const std::optional<Tensor>& x_sums, const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims,
+                   const Tensor& outlier_weight, const std::optional<Tensor>& bias, int64_t bits, int64_t axis, bool raw_outliers,
+                   std::optional<int64_t> out_features, bool per_token) {
+    check_matrix(x, "x");
+    const int64_t M = x.size(0), K = x.size(1), N = rows_of(weight_packed, out_features);
+    const WeightArguments weight(weight_packed, scale, zero_point, N, K, bits, "x");
+    const OutlierArguments outliers(outlier_dims, outlier_weight, axis, N, K);
+    const LinearActivations activations(x_codes, x_scale, x_zero_point, x_sums, x, M, K, scale.size(1));
+    STD_TORCH_CHECK(!raw_outliers || axis == 1, "raw_outliers multiplies input columns and needs axis = 1, got axis = 0");
+    const BiasArgument bias_(bias, x, N);
+    check_layer_device(x, "x", weight_packed, outlier_dims, outlier_weight);
+    Device device(x);
+    const auto kernel = device.require(&Kernels::linear_w4a8, "linear_w4a8");
+    Tensor y = empty_on(x, {M, N}, x.scalar_type());
+    const Tensor x_ = raw_outliers || !activations.are_given() ? row_major(x) : x;
+    const Matrix floats = matrix(x_, "x");
+    const Outliers outliers_ = outliers.view();
+    const Activations view = activations.are_given()
+                                 ? activations.view()
+                                 : quantize_into_scratch(device, floats, per_token, scale.size(1), raw_outliers ? outliers_.dims : nullptr, outliers_.r);
+    kernel(view, raw_outliers ? &floats : nullptr, in_layout(device, weight.view(), reads_prepacked(device)), outliers_, bias_.data(), mutable_matrix(y, "x"),
+           device.stream());
+    return y;
+}
+
 Tensor linear_dx(const Tensor& grad_y, const Tensor& weight_packed, const Tensor& scale, const Tensor& zero_point, const Tensor& outlier_dims,
-                 const Tensor& outlier_weight, int64_t K, int64_t bits, int64_t axis) {
+                 const Tensor& outlier_weight, int64_t K, int64_t bits, int64_t axis, bool in_float32) {
     check_matrix(grad_y, "grad_y");
     const int64_t N = weight_packed.dim() == 3 ? grad_y.size(1) : rows_of(weight_packed, std::nullopt);
     const WeightArguments weight(weight_packed, scale, zero_point, N, K, bits, "linear_dx");
@@ -155,8 +193,9 @@ Tensor linear_dx(const Tensor& grad_y, const Tensor& weight_packed, const Tensor
     if (prefers_dense(device, grad_y.size(0), weight.view(), grad_y.scalar_type()))
         return torch::stable::matmul(grad_, dense_weight(device, grad_y, weight.view(), outliers.view(), grad_y.scalar_type()));
     Tensor grad_x = empty_on(grad_y, {grad_y.size(0), K}, grad_y.scalar_type());
-    kernel(matrix(grad_, "grad_y"), in_layout(device, weight.view(), reads_prepacked(device)), outliers.view(), mutable_matrix(grad_x, "grad_y"),
-           device.stream());
+    const Matrix view = matrix(grad_, "grad_y");
+    kernel(view, in_layout(device, weight.view(), reads_prepacked(device)), outliers.view(), in_float32 && view.dtype == Dtype::float32,
+           mutable_matrix(grad_x, "grad_y"), device.stream());
     return grad_x;
 }
 
@@ -237,7 +276,8 @@ Tensor scale_grad(const Tensor& grad_y, const Tensor& x, const std::optional<Ten
     Device device(grad_y);
     Tensor gradient = empty_on(grad_y, {N, zero_point.size(1)}, ScalarType::Float);
     const auto kernel = device.require(&Kernels::scale_grad, "scale_grad");
-    kernel(matrix(grad_, "grad_y"), source.floats, source.codes, in_layout(device, weight, false), gradient.mutable_data_ptr<float>(), device.stream());
+    kernel(matrix(grad_, "grad_y"), source.floats, source.codes, in_layout(device, weight, device.kernels()->scale_grad_reads_prepacked),
+           gradient.mutable_data_ptr<float>(), device.stream());
     return gradient;
 }
 

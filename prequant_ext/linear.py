@@ -20,7 +20,7 @@ def is_conv1d(module: nn.Module) -> bool:
 class PreQuantLinear(FrozenWeight):
     """``y = x W^T + x[:, idx] O^T + bias`` (axis input) or ``y = x W^T + bias; y[:, idx] += x O^T`` (axis output).  PreQuant, Section 4.3.
 
-    Frozen     weight_packed uint8: (N, B), canonical storage; on a GPU the layout of its kernels, 3 dimensions (a state dict is canonical)
+    Frozen     weight_packed uint8: the layout of its device's kernels, 3 dimensions; a state dict has canonical storage, (N, B)
                · weight_scale float32 and weight_zero_point uint8: (1, 1), (N, 1) or (N, G) · outlier_dims (r,) int64, ascending · bias (N,)
     Trained    outlier_weight float32, O: (N, r) or (r, K), the weights of the outlier dimensions; their codes are worth exactly 0.
                With ``train_scales`` (PreQuant-alpha) weight_scale is trained and r is 0.
@@ -68,7 +68,8 @@ class PreQuantLinear(FrozenWeight):
         self.weight_zero_point = empty_parameter(blocks, torch.uint8, device)
         self.outlier_dims = empty_parameter((r,), torch.int64, device)
         self.outlier_weight = empty_parameter((N, r) if axis == "input" else (r, K), torch.float32, device, requires_grad=r > 0)
-        self.bias: nn.Parameter | None = empty_parameter((N,), self.compute_dtype, device) if bias else None
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", empty_parameter((N,), self.compute_dtype, device) if bias else None)
 
     @classmethod
     def from_linear(
@@ -168,16 +169,18 @@ class PreQuantLinear(FrozenWeight):
         K = x.shape[-1]
         if self.in_features != K:  # the packed row alone cannot tell an odd K from the next even one
             raise ValueError(f"x has K = {K} but the layer has in_features = {self.in_features}")
-        rows = x.reshape(-1, K)
-        weight = (self.weight_packed, self.weight_scale, self.weight_zero_point, self.outlier_dims, self.outlier_weight)
-        axis = AXES[self.axis]
+        rows = x if x.dim() == 2 else x.reshape(-1, K)
+        own = self._parameters  # an attribute costs Module a search, and a layer of one token is done in a few microseconds
+        weight = (own["weight_packed"], own["weight_scale"], own["weight_zero_point"], own["outlier_dims"], own["outlier_weight"])
+        axis, bias = AXES[self.axis], own["bias"]
         if self.activation_bits is None:
-            y = ops.linear_w4a16(rows, *weight, self.bias, self.bits, axis, self.out_features)
+            y = ops.linear_w4a16(rows, *weight, bias, self.bits, axis, self.out_features)
         else:
-            excluded = self.outlier_dims if self.raw_outliers else None
-            quantized = ops.quantize_activations(rows.detach(), self.per_token, self.group_size, excluded)
-            y = ops.linear_w4a8(rows, *quantized, *weight, self.bias, self.bits, axis, self.raw_outliers, self.out_features)
-        return y.view(*x.shape[:-1], self.out_features)
+            quantized: tuple[Tensor | None, ...] = (None,) * 4  # by the operator itself, where nobody needs them afterwards
+            if torch.is_grad_enabled():
+                quantized = ops.quantize_activations(rows.detach(), self.per_token, self.group_size, self.outlier_dims if self.raw_outliers else None)
+            y = ops.linear_w4a8(rows, *quantized, *weight, bias, self.bits, axis, self.raw_outliers, self.out_features, self.per_token)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:

@@ -25,6 +25,13 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
+@torch.compiler.assume_constant_result
+def wants_float32() -> bool:
+    """Whether products of float32 may not be rounded: torch.set_float32_matmul_precision("highest"), its default. "high" and "medium" let CPU kernels
+    round one factor to blocks of int16 (csrc/cpu/block_product.h states the error). A compiled model keeps what held when it was compiled."""
+    return torch.get_float32_matmul_precision() == "highest"
+
+
 def _gradients_of(*inputs: Tensor | None) -> AbstractContextManager[Any]:
     """Skips the Python half of autograd where no input of the call asks for a gradient: it would find that out by walking all arguments, which takes
     longer than the product of a token with a small layer."""
@@ -40,7 +47,7 @@ def _gpu_reads_prepacked() -> bool:
 
 def reads_prepacked(weight_packed: Tensor) -> bool:
     """Whether the linear operators on this tensor's device want the result of :func:`prepack`; another layout costs a conversion in every call."""
-    return weight_packed.is_cuda and _gpu_reads_prepacked()
+    return weight_packed.is_cpu or (weight_packed.is_cuda and _gpu_reads_prepacked())
 
 
 def weight_stats(weight: Tensor, block_size: int) -> _Stats:
@@ -105,17 +112,19 @@ def linear_w4a16(
     bits: int,
     axis: int,
     out_features: int | None = None,
+    in_float32: bool | None = None,
 ) -> Tensor:
+    x, in_float32 = _autocast(x), wants_float32() if in_float32 is None else in_float32
     with _gradients_of(x, scale, outlier_weight, bias):
-        return _prequant.linear_w4a16(_autocast(x), weight_packed, scale, zero_point, outlier_dims, outlier_weight, bias, bits, axis, out_features)
+        return _prequant.linear_w4a16(x, weight_packed, scale, zero_point, outlier_dims, outlier_weight, bias, bits, axis, out_features, in_float32)
 
 
 def linear_w4a8(
     x: Tensor,
-    x_codes: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor,
-    x_sums: Tensor,
+    x_codes: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    x_sums: Tensor | None,
     weight_packed: Tensor,
     scale: Tensor,
     zero_point: Tensor,
@@ -126,6 +135,7 @@ def linear_w4a8(
     axis: int,
     raw_outliers: bool,
     out_features: int | None = None,
+    per_token: bool = True,
 ) -> Tensor:
     with _gradients_of(x, scale, outlier_weight, bias):
         return _prequant.linear_w4a8(
@@ -144,6 +154,7 @@ def linear_w4a8(
             axis,
             raw_outliers,
             out_features,
+            per_token,
         )
 
 
@@ -157,8 +168,10 @@ def linear_dx(
     K: int,
     bits: int,
     axis: int,
+    in_float32: bool | None = None,
 ) -> Tensor:
-    return _prequant.linear_dx(grad_y, weight_packed, scale, zero_point, outlier_dims, outlier_weight, K, bits, axis)
+    in_float32 = wants_float32() if in_float32 is None else in_float32
+    return _prequant.linear_dx(grad_y, weight_packed, scale, zero_point, outlier_dims, outlier_weight, K, bits, axis, in_float32)
 
 
 def outlier_grad(grad_y: Tensor, x: Tensor, x_scale: Tensor | None, x_zero_point: Tensor | None, outlier_dims: Tensor, axis: int) -> Tensor:
@@ -184,7 +197,7 @@ def _row_bytes(K: int, bits: int) -> int:
 def _prepacked_shape(weight_packed: Tensor, K: int, bits: int, is_gpu: bool) -> tuple[int, int, int]:
     """Tensor-core chunks of 16 x 64 codes for a GPU's kernels, panels of 16 rows for the CPU's (csrc/formats.h)."""
     panels = (weight_packed.shape[0] + 15) // 16
-    return (panels, (K + 63) // 64, 128 * container_bits(bits)) if is_gpu else (panels, (_row_bytes(K, bits) + 3) // 4, 64)
+    return (panels, (K + 63) // 64, 128 * container_bits(bits)) if is_gpu else (panels, (_row_bytes(K, bits) + 3) // 4 + 1, 64)
 
 
 def _out_features(weight_packed: Tensor, given: tuple[int | None, ...]) -> int:
@@ -214,12 +227,14 @@ FAKES: dict[str, Callable[..., Any]] = {
     "embedding": lambda ids, codes, scale, zero_point, dtype: scale.new_empty(ids.shape[0], codes.shape[1], dtype=dtype),
     "linear_w4a16": lambda x, weight_packed, *rest: x.new_empty(x.shape[0], _out_features(weight_packed, rest[7:])),
     "linear_w4a8": lambda x, x_codes, x_scale, x_zero_point, x_sums, weight_packed, *rest: x.new_empty(x.shape[0], _out_features(weight_packed, rest[8:])),
-    "linear_dx": lambda grad_y, weight_packed, scale, zero_point, outlier_dims, outlier_weight, K, bits, axis: grad_y.new_empty(grad_y.shape[0], K),
+    "linear_dx": lambda grad_y, weight_packed, scale, zero_point, outlier_dims, outlier_weight, K, bits, axis, in_float32=True: grad_y.new_empty(
+        grad_y.shape[0], K
+    ),
     "outlier_grad": lambda grad_y, x, x_scale, x_zero_point, outlier_dims, axis: grad_y.new_empty(
         (grad_y.shape[1] if axis == 1 else outlier_dims.shape[0], x.shape[1]), dtype=torch.float32
     ),
     "scale_grad": lambda grad_y, x, x_scale, x_zero_point, weight_packed, zero_point, bits: grad_y.new_empty(
-        (weight_packed.shape[0], zero_point.shape[1]), dtype=torch.float32
+        (grad_y.shape[1], zero_point.shape[1]), dtype=torch.float32
     ),
 }
 
@@ -256,7 +271,7 @@ def _linear_backward(library: Any, ctx: Any, grad_y: Tensor, needs: tuple[bool, 
     dx = d_scale = d_outliers = d_bias = None
     weight = (saved.weight_packed, saved.scale, saved.zero_point, saved.outlier_dims, saved.outlier_weight)
     if needs[0]:
-        dx = library.linear_dx(grad_y, *weight, ctx.in_features, ctx.bits, ctx.axis)
+        dx = library.linear_dx(grad_y, *weight, ctx.in_features, ctx.bits, ctx.axis, wants_float32())
     if saved.activations:
         activation, x_scale, x_zero_point = (*saved.activations, None, None)[:3]
         if needs[1]:
@@ -294,17 +309,19 @@ def register(name: str) -> None:
         torch.library.register_fake(f"{name}::{op}", _on_one_device(f"{name}::{op}", fake))
 
     def setup_w4a16(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *weight, bias, ctx.bits, ctx.axis, _ = inputs
+        x, *weight, bias, ctx.bits, ctx.axis, _, _ = inputs
         ctx.in_features, ctx.bias_dtype = x.shape[1], None if bias is None else bias.dtype
         _save(ctx, tuple(weight), x, (), ctx.needs_input_grad[5], ctx.needs_input_grad[2])
 
     def backward_w4a16(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         dx, d_scale, d_outliers, d_bias = _linear_backward(library, ctx, grad_y, (needs[0], needs[2], needs[5], needs[6]))
-        return dx, None, d_scale, None, None, d_outliers, None if d_bias is None else d_bias.to(ctx.bias_dtype), None, None, None
+        return dx, None, d_scale, None, None, d_outliers, None if d_bias is None else d_bias.to(ctx.bias_dtype), None, None, None, None
 
     def setup_w4a8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, x_codes, x_scale, x_zero_point, _, *weight, bias, ctx.bits, ctx.axis, raw_outliers, _ = inputs
+        x, x_codes, x_scale, x_zero_point, _, *weight, bias, ctx.bits, ctx.axis, raw_outliers, _, per_token = inputs
+        if x_codes is None and not raw_outliers:  # the operator made them inside; a caller that trains hands them in
+            x_codes, x_scale, x_zero_point, _ = library.quantize_activations(x.detach(), per_token, 0)
         ctx.in_features, ctx.bias_dtype = x.shape[1], None if bias is None else bias.dtype
         activation, quantization = (x, ()) if raw_outliers else (x_codes, (x_scale, x_zero_point))
         _save(ctx, tuple(weight), activation, quantization, ctx.needs_input_grad[9], ctx.needs_input_grad[6])
@@ -313,7 +330,7 @@ def register(name: str) -> None:
         needs = ctx.needs_input_grad
         dx, d_scale, d_outliers, d_bias = _linear_backward(library, ctx, grad_y, (needs[0], needs[6], needs[9], needs[10]))
         d_bias = None if d_bias is None else d_bias.to(ctx.bias_dtype)
-        return dx, None, None, None, None, None, d_scale, None, None, d_outliers, d_bias, None, None, None, None
+        return dx, None, None, None, None, None, d_scale, None, None, d_outliers, d_bias, None, None, None, None, None
 
     def setup_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ids, codes, scale, zero_point, _ = inputs

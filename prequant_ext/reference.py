@@ -121,20 +121,26 @@ def unpack(weight_packed: Tensor, K: int, bits: int) -> Tensor:
 
 
 def prepack(weight_packed: Tensor, K: int, bits: int) -> Tensor:
-    """Canonical storage -> the CPU kernels' panels, (ceil(N / 16), words, 64) uint8: the rows' 32-bit words, 16 rows side by side.
+    """Canonical storage -> the CPU kernels' panels, (ceil(N / 16), words + 1, 64) uint8: 32-bit words of 16 rows side by side.
 
-    Word w of panel p holds bytes 4w .. 4w + 3 of rows 16p .. 16p + 15, row after row; missing rows and bytes are 0.
+    Word w of a row holds its codes from ``P w`` on, ``P = 32 / container``: code ``P w + 4 i + j`` in byte j at bit ``container * i``. After the last word
+    stand 16 int32, the sums of the rows' codes. Missing rows and codes are 0.
     """
-    N, row_bytes = weight_packed.shape
-    padded = torch.nn.functional.pad(weight_packed, (0, -row_bytes % 4, 0, -N % 16))
-    return padded.unflatten(0, (-1, 16)).unflatten(2, (-1, 4)).transpose(1, 2).flatten(2).contiguous()
+    container = container_bits(bits)
+    codes = torch.nn.functional.pad(unpack(weight_packed, K, bits), (0, -K % (32 // container), 0, -len(weight_packed) % 16)).int()
+    shifts = torch.arange(0, 8, container, device=codes.device, dtype=torch.int32)
+    words = (codes.view(len(codes), -1, 8 // container, 4) << shifts[:, None]).sum(2).to(torch.uint8)
+    sums = codes.sum(1, dtype=torch.int32).view(torch.uint8).view(-1, 1, 4)
+    return torch.cat([words, sums], 1).unflatten(0, (-1, 16)).transpose(1, 2).flatten(2).contiguous()
 
 
 def unprepack(prepacked: Tensor, N: int, K: int, bits: int) -> Tensor:
     """The inverse of :func:`prepack`."""
-    row_bytes = -(-K * container_bits(bits) // 8)
-    rows = prepacked.unflatten(2, (16, 4)).transpose(1, 2).flatten(2).flatten(0, 1)
-    return rows[:N, :row_bytes].contiguous()
+    container = container_bits(bits)
+    words = prepacked[:, :-1].unflatten(2, (16, 4)).transpose(1, 2).flatten(0, 1).int()
+    shifts = torch.arange(0, 8, container, device=words.device, dtype=torch.int32)
+    codes = (words.unsqueeze(2) >> shifts[:, None]) & (2**container - 1)
+    return pack(codes.flatten(1)[:N, :K].to(torch.uint8), bits)
 
 
 def tensor_core_chunks(weight_packed: Tensor, K: int, bits: int) -> Tensor:
@@ -272,10 +278,12 @@ def linear_w4a16(
     bits: int,
     axis: int,
     out_features: int | None = None,
+    in_float32: bool | None = None,
 ) -> Tensor:
     """``y = x W^T`` with ``W = (q - z) * scale``, plus ``x[:, idx] O^T`` (axis 1) or ``y[:, idx] += x O^T`` (axis 0), plus bias.
 
-    x (M, K) -> y (M, N) in x's dtype. ``out_features`` names N to kernels whose weight is prepacked; here the rows say it.
+    x (M, K) -> y (M, N) in x's dtype. ``out_features`` names N to kernels whose weight is prepacked; here the rows say it. ``in_float32`` False lets a
+    kernel round float32 x to int16 in blocks of 128 columns: an error of at most 2^-15 * sum over blocks of max|x| * sum|W| in the block.
     """
     high = _accumulator(x)
     weight = dequantize(weight_packed, scale, zero_point, x.shape[1], bits, torch.float32)
@@ -285,10 +293,10 @@ def linear_w4a16(
 
 def linear_w4a8(
     x: Tensor,
-    x_codes: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor,
-    x_sums: Tensor,
+    x_codes: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    x_sums: Tensor | None,
     weight_packed: Tensor,
     scale: Tensor,
     zero_point: Tensor,
@@ -299,6 +307,7 @@ def linear_w4a8(
     axis: int,
     raw_outliers: bool,
     out_features: int | None = None,
+    per_token: bool = True,
 ) -> Tensor:
     """:func:`linear_w4a16` on quantized activations: the product of codes is an exact integer, scaled in float at the end.
 
@@ -306,9 +315,12 @@ def linear_w4a8(
 
     ``x`` gives y's dtype and receives the gradient (straight-through); its values are read only where ``raw_outliers`` (axis 1) multiplies O by
     x[:, idx] itself.
-    ``x_sums`` lets kernels fold the zero points in; it adds nothing to the meaning.
+    ``x_sums`` lets kernels fold the zero points in; it adds nothing to the meaning. Without codes x is quantized here, as quantize_activations would,
+    ``per_token`` or not.
     """
     high = _accumulator(x)
+    if x_codes is None or x_scale is None or x_zero_point is None:
+        x_codes, x_scale, x_zero_point, _ = quantize_activations(x, per_token, 0, outlier_dims if raw_outliers else None)
     K, G = x_codes.shape[1], scale.shape[1]
     activation = (x_codes.int() - x_zero_point.int()).double().unflatten(1, (G, -1))  # float64 holds these integer sums exactly
     weight = _signed_codes(weight_packed, zero_point, K, bits).double().unflatten(1, (G, -1))
@@ -331,8 +343,13 @@ def linear_dx(
     K: int,
     bits: int,
     axis: int,
+    in_float32: bool | None = None,
 ) -> Tensor:
-    """``dx = dy W``, then ``dx[:, idx] += dy O`` (axis 1) or ``dx += dy[:, idx] O`` (axis 0). grad_y (M, N) -> dx (M, K), grad_y's dtype."""
+    """``dx = dy W``, then ``dx[:, idx] += dy O`` (axis 1) or ``dx += dy[:, idx] O`` (axis 0). grad_y (M, N) -> dx (M, K), grad_y's dtype.
+
+    ``in_float32`` False lets a kernel round float32 grad_y to int16 in blocks of 128 columns, like linear_w4a16; where rows have scales of their own,
+    grad_y times its columns' scales.
+    """
     high = _accumulator(grad_y)
     grad = grad_y.to(high)
     dx = grad @ dequantize(weight_packed, scale, zero_point, K, bits, torch.float32).to(high)

@@ -124,6 +124,17 @@ def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
     assert error <= max(2 * plain_error, 4 * ulp), f"error {error:.3g}, plain torch {plain_error:.3g}, ulp of the largest value {ulp:.3g}"
 
 
+def block_bound(a: Tensor, weight: Tensor) -> Tensor:
+    """What rounding ``a`` (M, depth) to int16 in blocks of 128 columns may cost ``a @ weight``: 2^-15 * sum over blocks of max|a| * sum|weight|."""
+    blocks = zip(a.double().abs().split(128, dim=1), weight.double().abs().split(128), strict=True)
+    return 2.0**-15 * sum(part.amax(1, keepdim=True) * rows.sum(0) for part, rows in blocks)
+
+
+def uneven_matrix(rows: int, cols: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Values over several orders of magnitude, as gradients have them."""
+    return (random_matrix(rows, cols, F32, "cpu") * random_matrix(rows, cols, F32, "cpu", seed=12).mul(2).exp()).to(dtype).to(device)
+
+
 def assert_identical(actual: Tensor, expected: Tensor) -> None:
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
     assert torch.equal(

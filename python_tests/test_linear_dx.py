@@ -2,7 +2,21 @@
 
 import pytest
 import torch
-from operands import BF16, F16, LAYERS, Layer, assert_as_accurate, assert_identical, covering, random_matrix, random_outliers, random_weight
+from operands import (
+    BF16,
+    F16,
+    F32,
+    LAYERS,
+    Layer,
+    assert_as_accurate,
+    assert_identical,
+    block_bound,
+    covering,
+    random_matrix,
+    random_outliers,
+    random_weight,
+    uneven_matrix,
+)
 
 from prequant_ext import ops, reference
 
@@ -37,6 +51,22 @@ def test_every_edge(layer, device):
 @pytest.mark.parametrize("layer", LARGE.values(), ids=LARGE.keys())
 def test_large_layers(layer, device):
     test_as_accurate_as_torch(layer, device)
+
+
+BLOCKS = covering((F32,), M=(1, 2, 5, 9, 40))
+
+
+@pytest.mark.parametrize("layer", BLOCKS.values(), ids=BLOCKS.keys())
+def test_blocks_of_int16_stay_within_their_bound(layer, device):
+    """in_float32=False: the CPU rounds grad_y, times its columns' scales where rows have their own, in blocks; groups stay in float32."""
+    grad_y = uneven_matrix(layer.M, layer.N, layer.dtype, device)
+    weight, outliers = random_weight(layer, device), random_outliers(layer, device)
+    rest = (*weight, *outliers, layer.K, layer.bits, layer.axis)
+    exact = reference.linear_dx(grad_y.double(), *rest)
+    signed = reference.dequantize(weight[0], torch.ones_like(weight[1]), weight[2], layer.K, layer.bits, torch.float32)
+    scaled = grad_y * weight[1].T if weight[1].shape[1] == 1 else grad_y * weight[1].amax()
+    slack = 2e-6 * exact.abs().amax() if exact.numel() else 0
+    assert ((ops.linear_dx(grad_y, *rest, False).double() - exact).abs() <= block_bound(scaled, signed) + slack).all()
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)

@@ -2,7 +2,21 @@
 
 import pytest
 import torch
-from operands import BF16, F16, LAYERS, Layer, assert_as_accurate, assert_identical, covering, random_matrix, random_outliers, random_weight
+from operands import (
+    BF16,
+    F16,
+    F32,
+    LAYERS,
+    Layer,
+    assert_as_accurate,
+    assert_identical,
+    block_bound,
+    covering,
+    random_matrix,
+    random_outliers,
+    random_weight,
+    uneven_matrix,
+)
 
 from prequant_ext import ops, reference
 
@@ -50,6 +64,48 @@ def test_every_edge(layer, device, monkeypatch):
 @pytest.mark.parametrize("layer", LARGE.values(), ids=LARGE.keys())
 def test_large_layers(layer, device):
     test_as_accurate_as_torch(layer, device)
+
+
+BLOCKS = covering((F32,), M=(1, 2, 5, 9, 40))
+
+
+@pytest.mark.parametrize("layer", BLOCKS.values(), ids=BLOCKS.keys())
+def test_blocks_of_int16_stay_within_their_bound(layer, device):
+    """in_float32=False: the CPU rounds x in blocks; elsewhere the result is only the more exact."""
+    _, rest = operands(layer, device)
+    x = uneven_matrix(layer.M, layer.K, layer.dtype, device)
+    exact = reference.linear_w4a16(x.double(), *rest)
+    dense = reference.dequantize(*rest[:3], layer.K, layer.bits, torch.float32)
+    slack = 2e-6 * exact.abs().amax() if exact.numel() else 0
+    assert ((ops.linear_w4a16(x, *rest, None, False).double() - exact).abs() <= block_bound(x, dense.T) + slack).all()
+
+
+def test_only_blocks_are_rounded_where_they_may_be():
+    """An activation 1000 times the rest costs its own block of 128 columns precision, and no other; in float32 none."""
+    x, rest = operands(Layer(3, 256, 32, r=0), "cpu")
+    x[:, 7] *= 1000
+    exact = reference.linear_w4a16(x.double(), *rest)
+    in_float32, in_blocks = (ops.linear_w4a16(x, *rest, None, choice).double() - exact for choice in (True, False))
+    assert in_float32.norm() < 1e-6 * exact.norm() < in_blocks.norm() < 1e-3 * exact.norm()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert_identical(ops.linear_w4a16(x, *rest), ops.linear_w4a16(x, *rest, None, False))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert_identical(ops.linear_w4a16(x, *rest), ops.linear_w4a16(x, *rest, None, True))
+
+
+@pytest.mark.parametrize("M", [2, 30])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-40, 0.0])
+def test_blocks_of_any_value(value, M):
+    x, rest = operands(Layer(M, 130, 40, r=0), "cpu")
+    x[1] = value
+    y, exact = ops.linear_w4a16(x, *rest, None, False), reference.linear_w4a16(x.double(), *rest)
+    assert torch.isfinite(y[0]).all()
+    if value == value and value < 1:
+        torch.testing.assert_close(y[1].double(), exact[1], rtol=1e-4, atol=1e-41)
+    else:
+        assert not torch.isfinite(y[1]).any()
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)

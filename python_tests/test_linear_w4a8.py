@@ -101,9 +101,9 @@ def test_a_scale_of_nan_is_its_token_alone(M, axis, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("x_code", [0, 255])
 @pytest.mark.parametrize("w_code", [0, 255])
-@pytest.mark.parametrize("K", [4_096, 4_097, 33_025, 33_026, 140_000])
+@pytest.mark.parametrize("K", [4_096, 4_097, 32_768, 32_769, 33_025, 33_026, 140_000])
 def test_no_accumulator_overflows(K, w_code, x_code, device):
-    """All-extreme data just below and above a block of the CPU's panels (4,096), then INT32_MAX / 255^2 products (33,025), and far beyond."""
+    """All-extreme data just below and above a chunk (4,096), what the CPU adds up in int32 (32,768), INT32_MAX / 255^2 products (33,025), and far beyond."""
     x_codes = torch.full((2, K), x_code, dtype=torch.uint8, device=device)
     x_zero = torch.full((2, 1), 255 - x_code, dtype=torch.uint8, device=device)
     x_scale = torch.full((2, 1), 2.0**-10, device=device)
@@ -117,6 +117,40 @@ def test_no_accumulator_overflows(K, w_code, x_code, device):
     )
     product = (2 * x_code - 255) * (2 * w_code - 255) * K
     assert_identical(y, torch.full((2, 3), product, dtype=torch.float64, device=device).float() * 2.0**-18)
+
+
+@pytest.mark.parametrize("M", [2, 9])
+@pytest.mark.parametrize("x_code", [0, 255])
+@pytest.mark.parametrize("w_code", [0, 15])
+@pytest.mark.parametrize("K", [524_288, 524_304])
+def test_no_accumulator_of_4_bit_codes_overflows(K, w_code, x_code, M):
+    """All-extreme data at what the CPU multiplies as bytes (2^19) and one word beyond; 2 tokens go without a panel, 9 with one."""
+    x_codes = torch.full((M, K), x_code, dtype=torch.uint8)
+    x_zero, x_scale = torch.full((M, 1), 255 - x_code, dtype=torch.uint8), torch.full((M, 1), 2.0**-10)
+    packed, zero_point = torch.full((3, K // 2), 17 * w_code, dtype=torch.uint8), torch.full((1, 1), 15 - w_code, dtype=torch.uint8)
+    none, sums = torch.zeros(0, dtype=torch.int64), x_codes.sum(1, keepdim=True, dtype=torch.int32)
+    y = ops.linear_w4a8(
+        torch.zeros(M, K), x_codes, x_scale, x_zero, sums, packed, torch.full((1, 1), 2.0**-8), zero_point, none, torch.zeros(3, 0), None, 4, 1, False
+    )
+    product = (2 * x_code - 255) * (2 * w_code - 15) * K
+    assert_identical(y, torch.full((M, 3), product, dtype=torch.float64).float() * 2.0**-18)
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("raw_outliers", [False, True])
+@pytest.mark.parametrize("layer", [Layer(3, 130, 50), Layer(20, 256, 64, blocks="group"), Layer(6, 64, 40, dtype=BF16)], ids=str)
+def test_without_codes_x_is_quantized_by_the_operator(layer, raw_outliers, per_token, device):
+    x, _, rest = operands(layer, device)
+    rest = (*rest[:-1], raw_outliers)
+    group_size = layer.K // rest[1].shape[1] if rest[1].shape[1] > 1 else 0
+    activations = ops.quantize_activations(x, per_token, group_size, rest[3] if raw_outliers else None)
+    assert_identical(ops.linear_w4a8(x, None, None, None, None, *rest, None, per_token), ops.linear_w4a8(x, *activations, *rest))
+
+
+def test_codes_come_together_or_not_at_all(device):
+    x, activations, rest = operands(Layer(3, 64, 32), device)
+    with pytest.raises(RuntimeError, match="x_codes, x_scale, x_zero_point and x_sums must be given together"):
+        ops.linear_w4a8(x, activations[0], None, None, None, *rest)
 
 
 def test_a_token_with_nan_gives_nan_and_leaves_the_others(device):

@@ -66,13 +66,12 @@ void dot_tile(int64_t count, const float* const* a, const float* b, int64_t b_st
         for (int j = 0; j < Outliers; ++j) out[i * out_stride + j] += sum_lanes(sums[i][j]) + rest[i][j];
 }
 
-// side[i * r + j] = sum over k of x̂[m + i, k] values[j * K + k]
-inline void multiply_rows(const ActivationRows& x, int64_t m, int64_t rows, const float* values, int64_t r, float* side) {
+// side[i * stride + j] = sum over k of x̂[m + i, k] values[j * K + k], j below r
+inline void multiply_rows(const ActivationRows& x, int64_t m, int64_t rows, const float* values, int64_t K, int64_t r, float* side, int64_t stride) {
     constexpr int64_t kChunk = 1024;
     using Dot = void (*)(int64_t, const float* const*, const float*, int64_t, float*, int64_t);
     static constexpr Dot kByOutliers[] = {nullptr, dot_tile<1>, dot_tile<2>, dot_tile<3>, dot_tile<4>, dot_tile<5>};
     static_assert(sizeof kByOutliers / sizeof kByOutliers[0] == kDotOutliers + 1);
-    const int64_t K = x.columns();
     parallel_for(ceil_div(rows, kDotRows), kDotRows * K * (r + 4) / 16, [&](int64_t begin, int64_t end) {
         float scratch[kDotRows][kChunk];
         for (int64_t block = begin; block < end; ++block) {
@@ -87,7 +86,7 @@ inline void multiply_rows(const ActivationRows& x, int64_t m, int64_t rows, cons
                     kByOutliers[width](count, a, values + j * K + k, K, out, kDotOutliers);
                 }
                 for (int64_t i = 0; i < height; ++i)
-                    for (int64_t c = 0; c < width; ++c) side[(first + i) * r + j + c] = out[i * kDotOutliers + c];
+                    for (int64_t c = 0; c < width; ++c) side[(first + i) * stride + j + c] = out[i * kDotOutliers + c];
             }
         }
     });

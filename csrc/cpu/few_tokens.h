@@ -1,131 +1,181 @@
-// The integer product of a few tokens straight from canonical rows: no panel, each packed byte is loaded once and unpacked in registers (avx512, 4 bits).
+// The integer products of a few tokens straight from the packed words: no panel, each word is loaded once and unpacked in registers.
 //
-//   row n of weight_packed    64 bytes = 128 codes, a line: low nibbles k = 0 2 4 ..., high nibbles k = 1 3 5 ...
-//   a token's codes           the same order, made once a call: 64 even ones | 64 odd ones, as code - 128, zero beyond K
-//   one row of ones           below the tokens: its products are the sums of the weight's codes, which the zero points need
+//   columns    two vectors of weight rows at a time, all tokens beside them
+//   bytes      8-bit activations times codes 0 ... 15 as they are                words    blocks of int16 (block_product.h) times code - zero_point
 //
-//     S(a - za)(w - zw) = S s w - zw S s + (128 - za)(S w - K zw)        s = a - 128
-//
-// Sums in    int32, exact: the bound below.
-// Limited by loading the codes; in cache by 5 + 2 M instructions a line.
+// Sums in    int32, exact; avx2 adds bytes up in int16 over runs of kPackedRun steps first, which codes up to 15 allow. Blocks in float32.
+// Limited by loading the words; in cache by 4 + 2 M instructions (avx2: 4 + 3 M) for the four codes of a lane.
 #pragma once
 
-#include "tile.h"
-
-#if PREQUANT_AVX512
+#include "block_rows.h"
+#include "weight_panel.h"
 
 namespace prequant::PREQUANT_LEVEL {
 
-constexpr int64_t kFewTokens = 8, kLineBytes = 64, kLineCodes = 2 * kLineBytes;
-constexpr int64_t kFewTokensDepth = 131072;
-static_assert(kFewTokensDepth * 15 * 255 <= INT32_MAX, "the terms of the product and their differences must fit int32");
+constexpr int64_t kFewTokens = 8;
 
-inline bool suits_few_tokens(const Activations& x, const Weight& weight) {
-    return x.M <= kFewTokens && weight.container == 4 && weight.G == 1 && weight.K <= kFewTokensDepth;
-}
+inline bool suits_few_tokens(int64_t M, const Weight& weight) { return M <= kFewTokens && weight.G == 1; }
 
-inline int64_t line_count(int64_t K) { return ceil_div(K, kLineCodes); }
+#if PREQUANT_AVX512 || PREQUANT_AVX2
+constexpr int kPackedRun = 4, kPackedTop = 15;
+static_assert(kPackedRun * 2 * 255 * kPackedTop <= INT16_MAX, "a run must fit int16");
+constexpr int kFewVectors = 2;
+constexpr int kTokensAtOnce = PREQUANT_AVX512 ? 8 : 4;
 
-// (M + 1, lines, 128) signed bytes: the tokens, then the ones.
-inline void arrange_tokens(const Activations& x, int8_t* lines) {
-    const int64_t count = line_count(x.K);
-    std::memset(lines, 0, static_cast<size_t>((x.M + 1) * count * kLineCodes));
-    for (int64_t m = 0; m <= x.M; ++m) {
-        int8_t* line = lines + m * count * kLineCodes;
-        const uint8_t* codes = x.codes + m * x.K;
-        for (int64_t k = 0; k < x.K; ++k)
-            line[k / kLineCodes * kLineCodes + k % 2 * kLineBytes + k % kLineCodes / 2] = static_cast<int8_t>(m < x.M ? codes[k] - 128 : 1);
-    }
-}
-
-// Lane i of the result is the sum of the lanes of sums[i]: 16 vectors, halved together.
-inline __m512i sum_each(__m512i* sums) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i)  // quarters of 128 bits: i i i+8 i+8
-        sums[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(sums[i], sums[i + 8], 0x44), _mm512_shuffle_i32x4(sums[i], sums[i + 8], 0xee));
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)  // i i+8 i+4 i+12
-        sums[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(sums[i], sums[i + 4], 0x88), _mm512_shuffle_i32x4(sums[i], sums[i + 4], 0xdd));
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i)  // within a quarter: i i i+2 i+2
-        sums[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(sums[i], sums[i + 2]), _mm512_unpackhi_epi64(sums[i], sums[i + 2]));
-    const __m512 a = _mm512_castsi512_ps(sums[0]), b = _mm512_castsi512_ps(sums[1]);  // i i+2 i+1 i+3
-    const __m512i mixed = _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)), _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd)));
-    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15), mixed);
-}
-
-// sum += four unsigned bytes of `codes` times four signed ones of the token's line: see add_quads for why in assembly.
-inline void add_line(__m512i& sum, __m512i codes, const int8_t* line) {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "m"(*reinterpret_cast<const __m512i*>(line)));
-}
-
-// products[i * kTileColumns + c] = S tokens[i] weight[c] over a line's count of codes, for Tokens rows and Columns weight rows from `first` on.
-template <int Tokens, int Columns>
-void multiply_lines(const int8_t* tokens, int64_t lines, const uint8_t* first, int64_t row_bytes, int32_t* products) {
-    constexpr int kSums = Tokens * Columns;
-    __m512i sums[(kSums + 15) / 16 * 16];
-#pragma GCC unroll 32
-    for (__m512i& sum : sums) sum = _mm512_setzero_si512();
-    const __m512i mask = _mm512_set1_epi8(15);
-    const auto line = [&](int64_t l, __mmask64 present) {
-#pragma GCC unroll 8
-        for (int c = 0; c < Columns; ++c) {
-            const __m512i codes = _mm512_maskz_loadu_epi8(present, first + c * row_bytes + l * kLineBytes);
-            const __m512i even = _mm512_and_si512(codes, mask), odd = _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask);
-#pragma GCC unroll 9
-            for (int i = 0; i < Tokens; ++i) {
-                const int8_t* token = tokens + (i * lines + l) * kLineCodes;
-                add_line(sums[i * Columns + c], even, token);
-                add_line(sums[i * Columns + c], odd, token + kLineBytes);
-            }
-        }
+// products[i * kPanelColumns + c] of Tokens rows of codes and the columns of two vectors.
+template <int Container, int Tokens>
+inline void multiply_packed(const PackedColumns& columns, int first, int64_t words, const uint8_t* codes, int64_t stride, int32_t* products) {
+    constexpr int kSteps = word_codes(Container) / static_cast<int>(kQuad), kWords = kHasByteRuns ? kPackedRun / kSteps : 1;  // of a run
+    const Ints mask = broadcast(static_cast<int32_t>(((1u << Container) - 1) * 0x01010101u));
+    const auto add_word = [&](int64_t w, Ints(&run)[Tokens][kFewVectors]) PREQUANT_INLINE {
+        const Ints word[kFewVectors] = {columns.word(w, first), columns.word(w, first + 1)};
+        const uint8_t* const from = codes + w * word_codes(Container);
+        unrolled<kSteps>([&](auto s) PREQUANT_INLINE {
+            const Ints weights[kFewVectors] = {(word[0] >> (Container * s)) & mask, (word[1] >> (Container * s)) & mask};
+            unrolled<Tokens>([&](auto i) PREQUANT_INLINE {
+                const Ints x = broadcast_lane(from + i * stride + s * kQuad);
+                dot_bytes_in_registers(run[i][0], x, weights[0]);
+                dot_bytes_in_registers(run[i][1], x, weights[1]);
+            });
+        });
     };
-    const int64_t whole = row_bytes / kLineBytes;
-    for (int64_t l = 0; l < whole; ++l) line(l, ~__mmask64{0});
-    if (whole < lines) line(whole, (__mmask64{1} << row_bytes % kLineBytes) - 1);
-#pragma GCC unroll 2
-    for (int begin = 0; begin < kSums; begin += 16) {
-        int32_t totals[16];
-        _mm512_storeu_si512(totals, sum_each(sums + begin));
-        for (int j = begin; j < smaller(kSums, begin + 16); ++j) products[j / Columns * kTileColumns + j % Columns] = totals[j - begin];
+    Ints sums[Tokens][kFewVectors];
+    unrolled<Tokens>([&](auto i) PREQUANT_INLINE { sums[i][0] = sums[i][1] = Ints{}; });
+    if constexpr (kHasByteRuns) {
+        const auto add_words = [&](int64_t w, auto count) PREQUANT_INLINE {
+            Ints run[Tokens][kFewVectors];
+            unrolled<Tokens>([&](auto i) PREQUANT_INLINE { run[i][0] = run[i][1] = Ints{}; });
+            unrolled<count.value>([&](auto next) PREQUANT_INLINE { add_word(w + next, run); });
+            unrolled<Tokens>([&](auto i) PREQUANT_INLINE {
+                add_run(sums[i][0], run[i][0]);
+                add_run(sums[i][1], run[i][1]);
+            });
+        };
+        int64_t w = 0;
+        for (; w + kWords <= words; w += kWords) add_words(w, Index<kWords>{});
+        for (; w < words; ++w) add_words(w, Index<1>{});
+    } else {
+        for (int64_t w = 0; w < words; ++w) add_word(w, sums);
+    }
+    unrolled<Tokens>([&](auto i) PREQUANT_INLINE {
+        unrolled<kFewVectors>([&](auto v) PREQUANT_INLINE { store_vector(products + i * kPanelColumns + (first + v) * kLanes, sums[i][v]); });
+    });
+}
+
+template <int Container>
+inline void multiply_packed_tokens(const PackedColumns& columns, int64_t words, int64_t tokens, const uint8_t* codes, int64_t stride, int32_t* products) {
+    using Multiply = void (*)(const PackedColumns&, int, int64_t, const uint8_t*, int64_t, int32_t*);
+    static constexpr Multiply kByTokens[] = {
+        nullptr,
+        multiply_packed<Container, 1>,
+        multiply_packed<Container, 2>,
+        multiply_packed<Container, 3>,
+        multiply_packed<Container, 4>,
+#if PREQUANT_AVX512
+        multiply_packed<Container, 5>,
+        multiply_packed<Container, 6>,
+        multiply_packed<Container, 7>,
+        multiply_packed<Container, 8>,
+#endif
+    };
+    for (int64_t passes = ceil_div(tokens, kTokensAtOnce), i = 0; passes > 0; --passes) {
+        const int64_t count = ceil_div(tokens - i, passes);
+        for (int first = 0; first < kColumnVectors; first += kFewVectors)
+            kByTokens[count](columns, first, words, codes + i * stride, stride, products + i * kPanelColumns);
+        i += count;
     }
 }
 
-// `columns` weight rows, Columns at a time and the rest one by one.
-template <int Tokens, int Columns>
-void multiply_rows_of_lines(const int8_t* tokens, int64_t lines, const uint8_t* first, int64_t row_bytes, int64_t columns, int32_t* products) {
-    int64_t c = 0;
-    for (; c + Columns <= columns; c += Columns) multiply_lines<Tokens, Columns>(tokens, lines, first + c * row_bytes, row_bytes, products + c);
-    for (; c < columns; ++c) multiply_lines<Tokens, 1>(tokens, lines, first + c * row_bytes, row_bytes, products + c);
-}
-
-// sums (M, kTileColumns): the float sums of rows n .. n + columns of the weight, before x_scale. `tokens` is what arrange_tokens made.
-inline void few_tokens_product(const Activations& x, const int8_t* tokens, const Weight& weight, int64_t n, int64_t columns, float* sums) {
-    using Multiply = void (*)(const int8_t*, int64_t, const uint8_t*, int64_t, int64_t, int32_t*);
-    static constexpr Multiply kByTokens[] = {nullptr,
-                                             multiply_rows_of_lines<2, 8>,
-                                             multiply_rows_of_lines<3, 6>,
-                                             multiply_rows_of_lines<4, 5>,
-                                             multiply_rows_of_lines<5, 4>,
-                                             multiply_rows_of_lines<6, 3>,
-                                             multiply_rows_of_lines<7, 3>,
-                                             multiply_rows_of_lines<8, 2>,
-                                             multiply_rows_of_lines<9, 2>};
-    int32_t products[(kFewTokens + 1) * kTileColumns] = {};
-    kByTokens[x.M](tokens, line_count(x.K), weight.row(n), packed_row_bytes(x.K, 4), columns, products);
-    const int32_t* code_sums = products + x.M * kTileColumns;
-    const int32_t K = static_cast<int32_t>(x.K);
-    for (int64_t m = 0; m < x.M; ++m) {
-        const int32_t above = 128 - x.zero_point[x.per_token ? m : 0], token_sum = x.sums[m] - 128 * K;
-        for (int64_t c = 0; c < columns; ++c) {
-            const int64_t block = weight.block(n + c, 0);
-            const int32_t zero = weight.zero_point[block];
-            const int32_t exact = products[m * kTileColumns + c] - zero * token_sum + above * (code_sums[c] - K * zero);
-            sums[m * kTileColumns + c] = static_cast<float>(exact) * weight.scale[block];
+// sums (M, kPanelColumns): the float sums of columns n ... of y, before x_scale.
+inline void multiply_few_tokens(const Activations& x, const uint8_t* codes, int64_t stride, const Weight& weight, int64_t n, int32_t* products, float* sums) {
+    const PackedColumns columns(weight, n);
+    const int64_t words = panel_words(weight.K, weight.container);
+    if (weight.container == 2)
+        multiply_packed_tokens<2>(columns, words, x.M, codes, stride, products);
+    else
+        multiply_packed_tokens<4>(columns, words, x.M, codes, stride, products);
+    alignas(64) int32_t zeros[kPanelColumns];
+    alignas(64) float scales[kPanelColumns];
+    column_zeros(weight, n, 0, zeros);
+    column_scales(weight, n, 0, scales);
+    for (int v = 0; v < kColumnVectors; ++v) {
+        const Ints zero = load_vector<Ints>(zeros + v * kLanes), code_sums = columns.word(words, v) - broadcast(static_cast<int32_t>(weight.K)) * zero;
+        for (int64_t m = 0; m < x.M; ++m) {
+            const int32_t token_zero = x.zero_point[x.per_token ? m : 0], token_sum = x.sums[m];
+            const Ints product = load_vector<Ints>(products + m * kPanelColumns + v * kLanes);
+            const Ints exact = product - broadcast(token_zero) * code_sums - broadcast(token_sum) * zero;
+            store(sums + m * kPanelColumns + v * kLanes, to_floats(exact) * load(scales + v * kLanes));
         }
     }
 }
+
+// totals[i * kPanelColumns + c]: the float sums, before the scale, of Tokens rows of words, each in blocks of kBlock with a step of its own.
+template <int Container, int Tokens>
+inline void multiply_packed_words(const PackedColumns& columns, int first, int64_t words, const int32_t* zeros, const BlockRows& rows, int64_t row,
+                                  float* totals) {
+    constexpr int kQuads = word_codes(Container) / static_cast<int>(kQuad);
+    constexpr int64_t kBlockWords = kBlock / word_codes(Container);
+    const Ints mask = broadcast(((1 << Container) - 1) * 0x00010001);
+    const Ints zero[kFewVectors] = {load_vector<Ints>(zeros + first * kLanes) * 0x00010001, load_vector<Ints>(zeros + (first + 1) * kLanes) * 0x00010001};
+    const char* const values = reinterpret_cast<const char*>(rows.values + row * rows.stride);
+    Vector results[Tokens][kFewVectors];
+    unrolled<Tokens>([&](auto i) PREQUANT_INLINE { results[i][0] = results[i][1] = Vector{}; });
+    for (int64_t block = 0; block < rows.blocks; ++block) {
+        Ints sums[Tokens][kFewVectors];
+        unrolled<Tokens>([&](auto i) PREQUANT_INLINE { sums[i][0] = sums[i][1] = Ints{}; });
+        for (int64_t w = block * kBlockWords; w < smaller(words, (block + 1) * kBlockWords); ++w) {
+            const Ints word[kFewVectors] = {columns.word(w, first), columns.word(w, first + 1)};
+            const char* const from = values + w * word_codes(Container) * 2;
+            unrolled<2 * kQuads>([&](auto step) PREQUANT_INLINE {
+                constexpr int kShift = step.value / 2 * Container + step.value % 2 * 8;
+                const Ints weights[kFewVectors] = {subtract_words((word[0] >> kShift) & mask, zero[0]), subtract_words((word[1] >> kShift) & mask, zero[1])};
+                unrolled<Tokens>([&](auto i) PREQUANT_INLINE {
+                    const Ints x = broadcast_lane(from + i * rows.stride * 2 + step * 4);
+                    dot_words_in_registers(sums[i][0], x, weights[0]);
+                    dot_words_in_registers(sums[i][1], x, weights[1]);
+                });
+            });
+        }
+        unrolled<Tokens>([&](auto i) PREQUANT_INLINE {
+            const Vector step = broadcast(rows.steps[(row + i) * rows.blocks + block]);
+            results[i][0] = multiply_add(to_floats(sums[i][0]), step, results[i][0]);
+            results[i][1] = multiply_add(to_floats(sums[i][1]), step, results[i][1]);
+        });
+    }
+    unrolled<Tokens>([&](auto i) PREQUANT_INLINE {
+        unrolled<kFewVectors>([&](auto v) PREQUANT_INLINE { store(totals + (row + i) * kPanelColumns + (first + v) * kLanes, results[i][v]); });
+    });
+}
+
+template <int Container>
+inline void multiply_packed_blocks(const PackedColumns& columns, int64_t words, const int32_t* zeros, int64_t tokens, const BlockRows& rows, float* totals) {
+    using Multiply = void (*)(const PackedColumns&, int, int64_t, const int32_t*, const BlockRows&, int64_t, float*);
+    static constexpr Multiply kByTokens[] = {
+        nullptr,
+        multiply_packed_words<Container, 1>,
+        multiply_packed_words<Container, 2>,
+        multiply_packed_words<Container, 3>,
+        multiply_packed_words<Container, 4>,
+    };
+    for (int64_t passes = ceil_div(tokens, 4), i = 0; passes > 0; --passes) {
+        const int64_t count = ceil_div(tokens - i, passes);
+        for (int first = 0; first < kColumnVectors; first += kFewVectors) kByTokens[count](columns, first, words, zeros, rows, i, totals);
+        i += count;
+    }
+}
+
+// totals (M, kPanelColumns) of columns n ... of the weight, before its scale.
+inline void multiply_few_blocks(const BlockRows& rows, int64_t tokens, const Weight& weight, int64_t n, float* totals) {
+    const PackedColumns columns(weight, n);
+    const int64_t words = panel_words(weight.K, weight.container);
+    alignas(64) int32_t zeros[kPanelColumns];
+    column_zeros(weight, n, 0, zeros);
+    switch (weight.container) {
+        case 2: return multiply_packed_blocks<2>(columns, words, zeros, tokens, rows, totals);
+        case 4: return multiply_packed_blocks<4>(columns, words, zeros, tokens, rows, totals);
+        default: return multiply_packed_blocks<8>(columns, words, zeros, tokens, rows, totals);
+    }
+}
+#endif
 
 }  // namespace prequant::PREQUANT_LEVEL
-
-#endif

@@ -18,6 +18,9 @@
 namespace prequant::PREQUANT_LEVEL {
 
 constexpr Kernels kKernels = {
+    .linear_reads_prepacked = true,
+    .scale_grad_reads_prepacked = true,
+    .prefers_dense = nullptr,
     .weight_stats = weight_stats,
     .outlier_counts = outlier_counts,
     .select_outlier_dims = select_outlier_dims,

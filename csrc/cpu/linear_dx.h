@@ -1,29 +1,47 @@
-// dx = dy (W + outliers), W = (code - zero_point) * scale: the same packed words as the forward, read along rows.   Meaning: reference.linear_dx
+// dx = dy (W + outliers), W = (code - zero_point) * scale, from the same packed words as the forward product.      Meaning: reference.linear_dx
 //
-//   row n of weight_packed   k .. k+31     panel    row n: k .. k+31       Scales of rows and groups sit on the index that is summed over: they go
-//   row n + 1                k .. k+31              row n + 1              into the panel, and so do the outliers.
+//   float32 where asked for   panels of float32 weights (panel_product.h), as they also serve groups, whose scales change along the columns of dx
+//   otherwise                 dy in blocks of int16 times code - zero_point (block_product.h, which states the error). A scale for each row sits on the
+//                             index that is summed over: dy is multiplied with it in float32 before it is rounded, so that the block's step fits the
+//                             product. Outliers in float32 beside it
 //
-// Sums in    float32.
-// Limited by float32 multiply-adds from M of about 64; below by making panels.
+// Limited by multiply-adds from M of about 16; below by making panels.
 #pragma once
 
+#include "block_product.h"
 #include "panel_product.h"
-#include "weight_panel.h"
 
 namespace prequant::PREQUANT_LEVEL {
 
-inline void linear_dx(Matrix grad_y, Weight weight, Outliers outliers, MutableMatrix grad_x, Stream) {
-    panel_product(grad_y, weight.K, nullptr, grad_x, [&](int64_t k, int64_t columns, int64_t n, int64_t count, float* panel, uint8_t* scratch) {
-        backward_panel(weight, n, count, k, columns, panel, scratch);
+inline void linear_dx_float(const Matrix& grad_y, const Weight& weight, const Outliers& outliers, const MutableMatrix& grad_x) {
+    panel_product(grad_y, weight.K, nullptr, grad_x, [&](int64_t k, int64_t columns, int64_t n, int64_t count, float* panel, char* words) {
+        backward_panel(weight, n, count, k, panel, words);
         const int64_t r = outliers.r;
         for (int64_t j = 0; j < r; ++j) {
             const int64_t dim = outliers.dims[j];
             if (outliers.axis == 1 && dim >= k && dim < k + columns)
-                for (int64_t i = 0; i < count; ++i) panel[i * kTileColumns + (dim - k)] += outliers.values[(n + i) * r + j];
+                for (int64_t i = 0; i < count; ++i) panel[i * kPanelColumns + (dim - k)] += outliers.values[(n + i) * r + j];
             if (outliers.axis == 0 && dim >= n && dim < n + count)
-                for (int64_t i = 0; i < columns; ++i) panel[(dim - n) * kTileColumns + i] += outliers.values[j * weight.K + k + i];
+                for (int64_t i = 0; i < columns; ++i) panel[(dim - n) * kPanelColumns + i] += outliers.values[j * weight.K + k + i];
         }
     });
+}
+
+inline void linear_dx(Matrix grad_y, Weight weight, Outliers outliers, bool in_float32, MutableMatrix grad_x, Stream) {
+    if (in_float32 || weight.G > 1) return linear_dx_float(grad_y, weight, outliers, grad_x);
+    const OutlierSide outlier_side(outliers, false, weight.N, weight.K);
+    block_product(
+        grad_y, weight.scale_rows == 1 ? nullptr : weight.scale, false, weight.K, outlier_side, outliers.r, nullptr, grad_x,
+        [&](int64_t k, int64_t n_begin, int64_t n_end, char* panel, float*) {
+            transposed_word_panel(weight, n_begin, n_end, k, panel);
+            return false;
+        },
+        [&](int64_t) { return weight.N; },
+        [&](int64_t, float* scales) {
+            for (int64_t c = 0; c < kPanelColumns; ++c) scales[c] = weight.scale[0];
+            return weight.scale_rows == 1;
+        },
+        [](int64_t, int64_t, const BlockRows&, float*) { return false; });
 }
 
 }  // namespace prequant::PREQUANT_LEVEL

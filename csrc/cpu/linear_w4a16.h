@@ -1,29 +1,54 @@
 // y = x (W + outliers)^T + bias, W = (code - zero_point) * scale.                                              Meaning: reference.linear_w4a16
 //
-//   row n of weight_packed   k 0 1 2 ...          panel    k=0: n n+1 ... n+31      Outlier dimensions have value 0 in W, so that their float
-//   row n + 1                k 0 1 2 ...    ->             k=1: n n+1 ... n+31      values are added to the panel: no product of their own.
+//   float32 where asked for   panels of float32 weights (panel_product.h); outlier dimensions have value 0 in W, so that their float values are added to
+//                             the panel: no product of their own
+//   otherwise                 x in blocks of int16 times code - zero_point (block_product.h, which states the error); outliers in float32 beside it
 //
-// Sums in    float32.
-// Limited by float32 multiply-adds from M of about 64; below by making panels.
+// Limited by multiply-adds from M of about 16; below by making panels.
 #pragma once
 
+#include "block_product.h"
 #include "panel_product.h"
-#include "weight_panel.h"
 
 namespace prequant::PREQUANT_LEVEL {
 
-inline void linear_w4a16(Matrix x, Weight weight, Outliers outliers, const float* bias, MutableMatrix y, Stream) {
-    panel_product(x, weight.N, bias, y, [&](int64_t n, int64_t rows, int64_t k, int64_t count, float* panel, uint8_t* scratch) {
-        forward_panel(weight, n, rows, k, count, panel, scratch);
+inline void linear_w4a16_float(const Matrix& x, const Weight& weight, const Outliers& outliers, const float* bias, const MutableMatrix& y) {
+    panel_product(x, weight.N, bias, y, [&](int64_t n, int64_t rows, int64_t k, int64_t count, float* panel, char* words) {
+        forward_panel(weight, n, k, count, panel, words);
         const int64_t r = outliers.r;
         for (int64_t j = 0; j < r; ++j) {
             const int64_t dim = outliers.dims[j];
             if (outliers.axis == 1 && dim >= k && dim < k + count)
-                for (int64_t i = 0; i < rows; ++i) panel[(dim - k) * kTileColumns + i] += outliers.values[(n + i) * r + j];
+                for (int64_t i = 0; i < rows; ++i) panel[(dim - k) * kPanelColumns + i] += outliers.values[(n + i) * r + j];
             if (outliers.axis == 0 && dim >= n && dim < n + rows)
-                for (int64_t i = 0; i < count; ++i) panel[i * kTileColumns + (dim - n)] += outliers.values[j * weight.K + k + i];
+                for (int64_t i = 0; i < count; ++i) panel[i * kPanelColumns + (dim - n)] += outliers.values[j * weight.K + k + i];
         }
     });
+}
+
+inline void linear_w4a16(Matrix x, Weight weight, Outliers outliers, const float* bias, bool in_float32, MutableMatrix y, Stream) {
+    if (in_float32) return linear_w4a16_float(x, weight, outliers, bias, y);
+    const OutlierSide outlier_side(outliers, true, weight.K, weight.N);
+    const int64_t size = weight.K / weight.G;
+    block_product(
+        x, nullptr, true, weight.N, outlier_side, outliers.r, bias, y,
+        [&](int64_t n, int64_t k_begin, int64_t k_end, char* panel, float* scales) {
+            word_panel(weight, n, k_begin, k_end, panel);
+            if (weight.G > 1) column_scales(weight, n, k_begin, scales);
+            return weight.G > 1;
+        },
+        [&](int64_t k) { return (k / size + 1) * size; },
+        [&](int64_t n, float* scales) {
+            if (weight.G == 1) column_scales(weight, n, 0, scales);
+            return weight.G == 1;
+        },
+        [&]([[maybe_unused]] int64_t n, int64_t rows, [[maybe_unused]] const BlockRows& rounded, [[maybe_unused]] float* sums) {
+            if (!kHasBytes || !suits_few_tokens(rows, weight)) return false;
+#if PREQUANT_AVX512 || PREQUANT_AVX2
+            multiply_few_blocks(rounded, rows, weight, n, sums);
+#endif
+            return true;
+        });
 }
 
 }  // namespace prequant::PREQUANT_LEVEL

@@ -1,127 +1,212 @@
 // y = x̂ W^T + outliers + bias on 8-bit activations: (sum over g of float(S(a - za)(w - zw)) scale[n, g]) x_scale[m], then float terms.
 //                                                                                                              Meaning: reference.linear_w4a8
-//   task       512 rows of x x kTileColumns columns of y; for each piece of K (a group, or 4096 of one) the weight's panel is built once
-//   outliers   a float32 matrix (M, r) made beforehand: x̂[:, idx], multiplied by O^T at the end, or x̂ O^T itself, added to y[:, idx]
+//   task      up to kIntegerRows rows of x times kPanelColumns columns of y, a piece of K after the other: the weight's panel of the piece is built
+//             once, small enough for the L1 cache, and multiplied with every row
+//   bytes     the codes as they are, times w - center:  S(a - za)(w - zw) = S a (w - center) - za S(w - zw) - (zw - center) S a
+//             (2 and 4 bits where the level has byte products; the sums of w are the prepacked weight's, or made with the panel where it has groups)
+//   words     a - za and w - zw as int16 (the rest)
+//   few       up to kFewTokens rows: no panel, the packed words are unpacked in registers (few_tokens.h)
 //
 // Requires   x.sums: of the codes of each of the weight's groups.
-// Sums in    int32 within a piece, int64 over the pieces of a group: exact. Groups in float32 in index order: the same bits on every level.
-// Limited by the integer multiply-adds from M of about 64; below by building panels.
+// Sums in    int32 within a group (words: int64 beyond kWordsDepth): exact. Groups in float32 in index order: the same bits on every level.
+// Limited by the integer multiply-adds from M of about 16; below by unpacking, or by loading the weight.
 #pragma once
 
-#include "activation_rows.h"
 #include "few_tokens.h"
-#include "integer_panel.h"
+#include "outlier_side.h"
 
 namespace prequant::PREQUANT_LEVEL {
 
-constexpr int64_t kIntegerRows = 512;
-constexpr int64_t kOutlierDepth = 512;  // outliers whose weights are put into one float panel
+constexpr int64_t kIntegerRows = 256;
+constexpr int64_t kPieceSteps = 128;  // 16 KiB of panel
+constexpr int64_t kWordsDepth = 32768;
+static_assert(kWordsDepth * 255 * 255 <= INT32_MAX, "the products of 8-bit codes must fit int32 up to here");
+constexpr int64_t kBytesDepth = int64_t{1} << 19;
+static_assert(kBytesDepth * 255 * 15 <= INT32_MAX, "the products of 4-bit codes must fit int32 up to here");
 
-// sums (rows, kTileColumns): the float sums of a task's products, before x_scale.
-inline void integer_product(const Activations& x, int64_t m, int64_t rows, const Weight& weight, int64_t n, int64_t columns, void* panel_memory,
-                            int64_t* long_sums, float* sums) {
-    const int64_t K = weight.K, G = weight.G, size = K / G;
-    IntegerPanel panel;
-    std::memset(sums, 0, static_cast<size_t>(rows * kTileColumns) * sizeof(float));
+// One task's memory.
+struct IntegerTask {
+    static constexpr int64_t kSums = kIntegerRows * kPanelColumns;
+    static constexpr int64_t kPanel = (kPieceSteps + 2) * kStepBytes;  // 2: quads cut by a group's edge
+    static constexpr int64_t kBytes = kPanel + OutlierSide::kScratchBytes + kSums * 16;
+    explicit IntegerTask(void* memory)
+        : panel(static_cast<char*>(memory)),
+          scratch(reinterpret_cast<float*>(panel + kPanel)),
+          sums(scratch + OutlierSide::kScratchBytes / 4),
+          products(reinterpret_cast<int32_t*>(sums + kSums)),
+          long_sums(reinterpret_cast<int64_t*>(products + kSums)) {}
+    char* panel;
+    float *scratch, *sums;
+    int32_t* products;
+    int64_t* long_sums;
+};
+
+// Adds panel times rows to products, or (is_first) writes them.
+template <typename Product>
+inline void multiply_into(bool is_first, int64_t rows, int64_t steps, const char* a, int64_t stride, const char* panel, int32_t* products) {
+    const auto assign = [&](int64_t i, int64_t c, Ints sum) { store_vector(products + i * kPanelColumns + c, sum); };
+    const auto add = [&](int64_t i, int64_t c, Ints sum) {
+        int32_t* const product = products + i * kPanelColumns + c;
+        store_vector(product, load_vector<Ints>(product) + sum);
+    };
+    if (is_first)
+        multiply_integer_panel<Product>(rows, steps, a, stride, panel, assign);
+    else
+        multiply_integer_panel<Product>(rows, steps, a, stride, panel, add);
+}
+
+#if PREQUANT_AVX512 || PREQUANT_AVX2
+inline void byte_panel_of(const Weight& weight, const PackedColumns& columns, int64_t k_begin, int64_t k_end, int center, char* panel) {
+    if (weight.container == 2)
+        byte_panel<2>(columns, k_begin, k_end, center, panel);
+    else
+        byte_panel<4>(columns, k_begin, k_end, center, panel);
+}
+
+// sums (rows, kPanelColumns) of rows m ... of x, whose codes stand `stride` apart, before x_scale.
+inline void multiply_bytes(const Activations& x, const uint8_t* codes, int64_t stride, int64_t m, int64_t rows, const Weight& weight, int64_t n,
+                           const IntegerTask& task) {
+    constexpr int64_t kPiece = kPieceSteps * ByteProduct::kCodes;
+    const int64_t G = weight.G, size = weight.K / G;
+    const int center = kHasByteRuns ? weight.container == 4 ? kByteLimit : 0 : 0;
+    const PackedColumns columns(weight, n);
+    const char* const a = reinterpret_cast<const char*>(codes + m * stride);
+    alignas(64) int32_t zeros[kPanelColumns], code_sums[kPanelColumns];
+    alignas(64) float scales[kPanelColumns];
+    uint8_t ones[kPiece];
+    if (G > 1) std::memset(ones, 1, sizeof ones);
     for (int64_t g = 0; g < G; ++g) {
-        float scale[kTileColumns] = {};
-        for (int64_t c = 0; c < columns; ++c) scale[c] = weight.scale[weight.block(n + c, g * size)];
-        const bool is_whole = size <= kIntegerDepth;
-        if (!is_whole) std::memset(long_sums, 0, static_cast<size_t>(rows * kTileColumns) * sizeof(int64_t));
-        for (int64_t k = g * size; k < (g + 1) * size; k += kIntegerDepth) {
-            const int64_t k_end = smaller(k + kIntegerDepth, (g + 1) * size);
-            build_integer_panel(weight, n, columns, k, k_end, panel_memory, panel);
-            for (int64_t i = 0, tiles = ceil_div(rows, kTileRows); tiles > 0; --tiles) {
-                const int64_t height = ceil_div(rows - i, tiles);
-                const uint8_t* codes = x.codes + (m + i) * K + k;
-                int32_t zero_points[kTileRows], code_sums[kTileRows], products[kTileRows * kTileColumns];
-                for (int64_t row = 0; row < height; ++row) {
-                    zero_points[row] = x.zero_point[x.per_token ? m + i + row : 0];
-                    if (is_whole) {
-                        code_sums[row] = x.sums[(m + i + row) * G + g];
-                    } else {
-                        int32_t sum = 0;
-                        for (int64_t j = 0; j < k_end - k; ++j) sum += codes[row * K + j];
-                        code_sums[row] = sum;
-                    }
-                }
-                multiply_integer_panel(panel, height, codes, K, zero_points, code_sums, products);
-                for (int64_t row = 0; row < height; ++row) {
-                    const int32_t* product = products + row * kTileColumns;
-                    float* sum = sums + (i + row) * kTileColumns;
-                    int64_t* long_sum = long_sums + (i + row) * kTileColumns;
-                    for (int64_t c = 0; c < kTileColumns; ++c) {
-                        if (is_whole)
-                            sum[c] += static_cast<float>(product[c]) * scale[c];
-                        else
-                            long_sum[c] += product[c];
-                    }
-                }
-                i += height;
+        const int64_t begin = g * size, end = begin + size;
+        column_zeros(weight, n, begin, zeros);
+        column_scales(weight, n, begin, scales);
+        alignas(64) int32_t of_zero[kPanelColumns], of_sum[kPanelColumns];
+        const auto finish = [&](int64_t i, int64_t c, Ints product) {
+            const int32_t token_zero = x.zero_point[x.per_token ? m + i : 0], token_sum = x.sums[(m + i) * G + g];
+            const Ints exact = product - broadcast(token_zero) * load_vector<Ints>(of_zero + c) - broadcast(token_sum) * load_vector<Ints>(of_sum + c);
+            float* const sum = task.sums + i * kPanelColumns + c;
+            const Vector scaled = to_floats(exact) * load(scales + c);
+            store(sum, g == 0 ? scaled : load(sum) + scaled);
+        };
+        const bool is_one_piece = size <= kPiece;
+        if (G == 1) {
+            for (int v = 0; v < kColumnVectors; ++v) store_vector(code_sums + v * kLanes, columns.word(panel_words(weight.K, weight.container), v));
+        } else {
+            std::memset(code_sums, 0, sizeof code_sums);
+        }
+        for (int64_t k = begin; k < end; k += kPiece) {
+            const int64_t k_end = smaller(end, k + kPiece), steps = ceil_div(k_end - k, ByteProduct::kCodes);
+            byte_panel_of(weight, columns, k, k_end, center, task.panel);
+            if (G > 1)  // a row of ones adds the codes up; center comes back below
+                multiply_integer_panel<ByteProduct>(1, steps, reinterpret_cast<const char*>(ones), 0, task.panel, [&](int64_t, int64_t c, Ints sum) {
+                    store_vector(code_sums + c, load_vector<Ints>(code_sums + c) + sum + broadcast(static_cast<int32_t>(k_end - k) * center));
+                });
+            for (int64_t c = 0; c < kPanelColumns && k_end == end; ++c) {
+                of_zero[c] = code_sums[c] - static_cast<int32_t>(size) * zeros[c];
+                of_sum[c] = zeros[c] - center;
+            }
+            if (is_one_piece)
+                multiply_integer_panel<ByteProduct>(rows, steps, a + k, stride, task.panel, finish);
+            else
+                multiply_into<ByteProduct>(k == begin, rows, steps, a + k, stride, task.panel, task.products);
+        }
+        if (!is_one_piece)
+            for (int64_t i = 0; i < rows; ++i)
+                for (int64_t c = 0; c < kPanelColumns; c += kLanes) finish(i, c, load_vector<Ints>(task.products + i * kPanelColumns + c));
+    }
+}
+#endif
+
+// The same for activations that are words already: a - za, (M, stride) int16 in the order of word panels.
+inline void multiply_words(const int16_t* tokens, int64_t stride, int64_t m, int64_t rows, const Weight& weight, int64_t n, const IntegerTask& task) {
+    constexpr int64_t kPiece = kPieceSteps * WordProduct::kCodes;
+    const int64_t G = weight.G, size = weight.K / G;
+    const bool is_long = size > kWordsDepth;
+    alignas(64) float scales[kPanelColumns];
+    std::memset(task.sums, 0, static_cast<size_t>(rows * kPanelColumns) * sizeof(float));
+    for (int64_t g = 0; g < G; ++g) {
+        const int64_t begin = g * size, end = begin + size;
+        column_scales(weight, n, begin, scales);
+        if (is_long) std::memset(task.long_sums, 0, static_cast<size_t>(rows * kPanelColumns) * sizeof(int64_t));
+        for (int64_t k = begin, flushed = begin; k < end;) {
+            const int64_t k_end = smaller(end, (k / kPiece + 1) * kPiece), quad = k / kQuad * kQuad;
+            word_panel(weight, n, k, k_end, task.panel);
+            multiply_into<WordProduct>(k == flushed, rows, ceil_div(k_end - quad, kQuad) * 2, reinterpret_cast<const char*>(tokens + m * stride + quad),
+                                       stride * 2, task.panel, task.products);
+            k = k_end;
+            if (is_long && (k == end || k + kPiece - flushed > kWordsDepth)) {
+                for (int64_t i = 0; i < rows * kPanelColumns; ++i) task.long_sums[i] += task.products[i];
+                flushed = k;
             }
         }
-        for (int64_t i = 0; !is_whole && i < rows; ++i)
-            for (int64_t c = 0; c < kTileColumns; ++c) sums[i * kTileColumns + c] += static_cast<float>(long_sums[i * kTileColumns + c]) * scale[c];
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t c = 0; c < kPanelColumns; ++c) {
+                const int64_t j = i * kPanelColumns + c;
+                task.sums[j] += (is_long ? static_cast<float>(task.long_sums[j]) : static_cast<float>(task.products[j])) * scales[c];
+            }
     }
 }
 
-// Adds the outliers of columns n .. n + columns; side is this task's rows of the matrix (M, r), panel scratch of kOutlierDepth * kTileColumns floats.
-inline void add_outliers(const Outliers& outliers, int64_t rows, int64_t n, int64_t columns, const float* side, float* panel, float* sums) {
-    const int64_t r = outliers.r;
-    if (outliers.axis == 0) {
-        for (int64_t j = 0; j < r; ++j) {
-            const int64_t c = outliers.dims[j] - n;
-            for (int64_t i = 0; c >= 0 && c < columns && i < rows; ++i) sums[i * kTileColumns + c] += side[i * r + j];
+// a - za of `rows` rows of codes as int16, quads in the order of word panels, 0 beyond K.
+inline void words_of_tokens(const Activations& x, int64_t m, int64_t rows, int64_t stride, int16_t* words) {
+    parallel_for(rows, x.K / 4, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const uint8_t* const codes = x.codes + (m + i) * x.K;
+            const int zero = x.zero_point[x.per_token ? m + i : 0];
+            int16_t* const out = words + i * stride;
+            std::memset(out, 0, static_cast<size_t>(stride) * sizeof(int16_t));
+            for (int64_t k = 0; k < x.K; ++k) out[k / kQuad * kQuad + k % 2 * 2 + k % kQuad / 2] = static_cast<int16_t>(codes[k] - zero);
         }
-        return;
-    }
-    for (int64_t j0 = 0; j0 < r; j0 += kOutlierDepth) {
-        const int64_t count = smaller(kOutlierDepth, r - j0);
-        for (int64_t c = 0; c < kTileColumns; ++c)
-            for (int64_t j = 0; j < count; ++j) panel[j * kTileColumns + c] = c < columns ? outliers.values[(n + c) * r + j0 + j] : 0.0f;
-        multiply_panel<false>(rows, count, side + j0, r, panel, kTileColumns, sums, kTileColumns);
-    }
+    });
 }
 
 inline void linear_w4a8(Activations x, const Matrix* raw, Weight weight, Outliers outliers, const float* bias, MutableMatrix y, Stream) {
     const int64_t M = x.M, N = weight.N, K = weight.K, r = outliers.r;
-    const int64_t panels = ceil_div(N, kTileColumns);
+    if (M == 0 || N == 0) return;
     const ActivationRows source{raw ? *raw : Matrix{nullptr, Dtype::float32, 0, 0}, x};
-    const int64_t rows_at_once = smaller(M, side_rows(r, kIntegerRows));
-    const Buffer buffer(rows_at_once * r * static_cast<int64_t>(sizeof(float)));
-    float* const side = static_cast<float*>(buffer.data());
-#if PREQUANT_AVX512
-    const bool is_few = rows_at_once == M && suits_few_tokens(x, weight);
-    const Buffer tokens(is_few ? (M + 1) * line_count(K) * kLineCodes : 0);
-    if (is_few) arrange_tokens(x, static_cast<int8_t*>(tokens.data()));
-#endif
+    const OutlierSide outlier_side(outliers, true, K, N);
+    const bool has_bytes = kHasBytes && weight.container != 8 && K / weight.G <= kBytesDepth && are_whole_words(weight, 0, K / weight.G);
+    [[maybe_unused]] const bool is_few = has_bytes && suits_few_tokens(M, weight);
+
+    // Rows of x are taken as many at a time as keep what stands beside the product small: the outliers' side, and the activations where they are copied.
+    const bool is_copied = !has_bytes || K % word_codes(weight.container) != 0;  // whole words are read
+    const int64_t stride = ceil_div(K, 16) * 16, copied_bytes = is_copied ? stride * (has_bytes ? 1 : 2) : 0;
+    const int64_t rows_at_once = smaller(M, larger<int64_t>(1, (int64_t{1} << 20) / larger<int64_t>(1, copied_bytes + 4 * r)));
+    const Buffer side_buffer(outlier_side.side_bytes(rows_at_once)), copy_buffer(rows_at_once * copied_bytes);
+    float* const side = static_cast<float*>(side_buffer.data());
+    const int64_t panels = ceil_div(N, kPanelColumns);
     for (int64_t m0 = 0; m0 < M; m0 += rows_at_once) {
         const int64_t here = smaller(rows_at_once, M - m0);
-        if (r > 0 && outliers.axis == 1) gather_columns(source, m0, here, outliers.dims, r, side);
-        if (r > 0 && outliers.axis == 0) multiply_rows(source, m0, here, outliers.values, r, side);
+        outlier_side.prepare(source, m0, here, side);
+        uint8_t* const bytes = static_cast<uint8_t*>(copy_buffer.data());
+        int16_t* const words = static_cast<int16_t*>(copy_buffer.data());
+        if (!has_bytes) words_of_tokens(x, m0, here, stride, words);
+        for (int64_t i = 0; is_copied && has_bytes && i < here; ++i) {
+            std::memcpy(bytes + i * stride, x.codes + (m0 + i) * K, static_cast<size_t>(K));
+            std::memset(bytes + i * stride + K, 0, static_cast<size_t>(stride - K));
+        }
         const int64_t row_blocks = ceil_div(here, kIntegerRows), rows_a_task = ceil_div(here, row_blocks);
-        parallel_for(row_blocks * panels, (rows_a_task + 16) * K * kTileColumns / 256, [&](int64_t begin, int64_t end) {
-            constexpr int64_t kSums = kIntegerRows * kTileColumns;
-            char* const memory = static_cast<char*>(thread_scratch(kIntegerPanelBytes + kSums * 12 + kOutlierDepth * kTileColumns * 4));
-            int64_t* const long_sums = reinterpret_cast<int64_t*>(memory + kIntegerPanelBytes);
-            float* const sums = reinterpret_cast<float*>(long_sums + kSums);
-            float* const outlier_panel = sums + kSums;
-            for (int64_t task = begin; task < end; ++task) {
-                const int64_t block = task / panels * rows_a_task, m = m0 + block, n = task % panels * kTileColumns;
-                const int64_t rows = smaller(rows_a_task, here - block), columns = smaller<int64_t>(kTileColumns, N - n);
-#if PREQUANT_AVX512
+        parallel_for(row_blocks * panels, (rows_a_task + 3) * K * kPanelColumns / (kHasBytes ? 96 : 24), [&](int64_t begin, int64_t end) {
+            const IntegerTask task(thread_scratch(IntegerTask::kBytes));
+            for (int64_t index = begin; index < end; ++index) {
+                const int64_t block = index / panels * rows_a_task, m = m0 + block, n = index % panels * kPanelColumns;
+                const int64_t rows = smaller(rows_a_task, here - block), columns = smaller<int64_t>(kPanelColumns, N - n);
+                if (!has_bytes) multiply_words(words, stride, block, rows, weight, n, task);
+#if PREQUANT_AVX512 || PREQUANT_AVX2
+                // Either the tensor's own codes or the copy, which begins at row m0.
+                const uint8_t* const codes = is_copied ? bytes - m0 * stride : x.codes;
                 if (is_few)
-                    few_tokens_product(x, static_cast<const int8_t*>(tokens.data()), weight, n, columns, sums);
-                else
+                    multiply_few_tokens(x, codes, is_copied ? stride : K, weight, n, task.products, task.sums);
+                else if (has_bytes)
+                    multiply_bytes(x, codes, is_copied ? stride : K, m, rows, weight, n, task);
 #endif
-                    integer_product(x, m, rows, weight, n, columns, memory, long_sums, sums);
                 for (int64_t i = 0; i < rows; ++i) {
-                    const float scale = x.scale[x.per_token ? m + i : 0];
-                    for (int64_t c = 0; c < kTileColumns; ++c) sums[i * kTileColumns + c] *= scale;
+                    const Vector scale = broadcast(x.scale[x.per_token ? m + i : 0]);
+                    float* const row = task.sums + i * kPanelColumns;
+                    for (int64_t c = 0; c < kPanelColumns; c += kLanes) store(row + c, load(row + c) * scale);
                 }
-                if (r > 0) add_outliers(outliers, rows, n, columns, side + block * r, outlier_panel, sums);
+                outlier_side.add(rows, n, side + block * r, task.scratch, task.sums);
                 for (int64_t i = 0; i < rows; ++i) {
-                    float* row = sums + i * kTileColumns;
+                    float* const row = task.sums + i * kPanelColumns;
                     for (int64_t c = 0; bias && c < columns; ++c) row[c] += bias[n + c];
                     store_floats(row, columns, y.data, y.dtype, (m + i) * N + n);
                 }

@@ -37,25 +37,38 @@ inline float round_even(float x) {
 
 // ---- vectors -----------------------------------------------------------------------------------------------------------------------
 
-#if PREQUANT_AVX512
-constexpr int kLanes = 16;
-using Vector = __m512;
-inline Vector broadcast(float x) { return _mm512_set1_ps(x); }
-inline Vector load(const float* p) { return _mm512_loadu_ps(p); }
-inline void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
-inline Vector multiply_add(Vector a, Vector b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
-#else
-constexpr int kLanes = 4;
-typedef float Vector __attribute__((vector_size(16)));
-inline Vector broadcast(float x) { return Vector{x, x, x, x}; }
-inline Vector load(const float* p) {
-    Vector v;
+// 512, 256 or 128 bits. Arithmetic, comparison and shifts are the compiler's own on these types; the few steps that have no operator are functions.
+constexpr int kLanes = PREQUANT_AVX512 ? 16 : PREQUANT_AVX2 ? 8 : 4;
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+
+template <typename V>
+inline V load_vector(const void* p) {
+    V v;
     std::memcpy(&v, p, sizeof v);
     return v;
 }
-inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
-inline Vector multiply_add(Vector a, Vector b, Vector sum) { return sum + a * b; }
+
+template <typename V>
+inline void store_vector(void* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
+
+inline Vector load(const float* p) { return load_vector<Vector>(p); }
+inline void store(float* p, Vector v) { store_vector(p, v); }
+inline Vector broadcast(float x) { return x - Vector{}; }  // not Vector{} + x: -0 stays -0
+inline Ints broadcast(int32_t x) { return x - Ints{}; }
+inline Vector to_floats(Ints v) { return __builtin_convertvector(v, Vector); }
+
+inline Vector multiply_add(Vector a, Vector b, Vector sum) {
+#if PREQUANT_AVX512
+    return _mm512_fmadd_ps(a, b, sum);
+#elif PREQUANT_AVX2
+    return _mm256_fmadd_ps(a, b, sum);
+#else
+    return sum + a * b;
 #endif
+}
 
 inline float sum_lanes(Vector v) {
     float lanes[kLanes];
@@ -112,8 +125,8 @@ inline void load_floats(const void* data, Dtype dtype, int64_t begin, int64_t co
     const uint16_t* source = static_cast<const uint16_t*>(data) + begin;
     int64_t i = 0;
     if (dtype == Dtype::float16) {
-#if PREQUANT_AVX512
-        for (; i + 16 <= count; i += 16) store(floats + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i))));
+#if PREQUANT_AVX512 || PREQUANT_AVX2
+        for (; i + 8 <= count; i += 8) _mm256_storeu_ps(floats + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
 #endif
         for (; i < count; ++i) floats[i] = float_from_half(source[i]);
     } else {
@@ -136,9 +149,9 @@ inline void store_floats(const float* floats, int64_t count, void* data, Dtype d
     uint16_t* target = static_cast<uint16_t*>(data) + begin;
     int64_t i = 0;
     if (dtype == Dtype::float16) {
-#if PREQUANT_AVX512
-        for (; i + 16 <= count; i += 16)
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + i), _mm512_cvtps_ph(load(floats + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#if PREQUANT_AVX512 || PREQUANT_AVX2
+        for (; i + 8 <= count; i += 8)
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i), _mm256_cvtps_ph(_mm256_loadu_ps(floats + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
         for (; i < count; ++i) target[i] = half_from_float(floats[i]);
     } else {

@@ -21,6 +21,14 @@ struct Arena {
     void* data = nullptr;
     int64_t size = 0;
     ~Arena() { release(data); }
+    void grow(int64_t bytes) {
+        if (size >= bytes) return;
+        release(data);
+        data = nullptr;
+        size = 0;
+        data = allocate(bytes);
+        size = bytes;
+    }
 };
 
 }  // namespace
@@ -46,18 +54,39 @@ int64_t num_threads() { return torch::stable::get_num_threads(); }
 
 void* thread_scratch(int64_t bytes) {
     thread_local Arena arena;
-    if (arena.size < bytes) {
-        release(arena.data);
-        arena.data = nullptr;
-        arena.size = 0;
-        arena.data = allocate(bytes);
-        arena.size = bytes;
-    }
+    arena.grow(bytes);
     return arena.data;
 }
 
-Buffer::Buffer(int64_t bytes) : data_(allocate(bytes)) {}
+constexpr int kKeptBuffers = 8;
+constexpr int64_t kKeptBytes = int64_t{4} << 20;
 
-Buffer::~Buffer() { release(data_); }
+struct KeptBuffers {
+    Arena arenas[kKeptBuffers];
+    int used = 0;
+};
+
+static KeptBuffers& kept_buffers() {
+    thread_local KeptBuffers buffers;
+    return buffers;
+}
+
+Buffer::Buffer(int64_t bytes) : is_kept_(bytes <= kKeptBytes && kept_buffers().used < kKeptBuffers) {
+    if (is_kept_) {
+        Arena& arena = kept_buffers().arenas[kept_buffers().used];
+        arena.grow(bytes);
+        data_ = arena.data;
+        ++kept_buffers().used;
+    } else {
+        data_ = allocate(bytes);
+    }
+}
+
+Buffer::~Buffer() {
+    if (is_kept_)
+        --kept_buffers().used;
+    else
+        release(data_);
+}
 
 }  // namespace prequant

@@ -16,7 +16,8 @@ int64_t num_threads();
 // At least `bytes` of this thread's own memory, on a cache line; the next call takes it back. Kernels ask for what their block constants say, below 2 MiB.
 void* thread_scratch(int64_t bytes);
 
-// Memory that a kernel holds while it runs, for what all its threads read.
+// Memory that a call holds while it runs, for what all its threads read. The thread keeps up to kKeptBytes of each of a few buffers for the next call, so
+// that calls in a steady state allocate nothing; buffers of one thread are given back in the reverse order.
 class Buffer {
    public:
     explicit Buffer(int64_t bytes);
@@ -27,6 +28,7 @@ class Buffer {
 
    private:
     void* data_;
+    bool is_kept_;
 };
 
 }  // namespace prequant

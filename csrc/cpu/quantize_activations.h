@@ -26,36 +26,22 @@ struct Range {
 };
 
 inline Range range_of(const float* values, int64_t count) {
-#if PREQUANT_AVX512
-    __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
-    __m512i magnitude = _mm512_setzero_si512();  // as integers, NaN and Inf are the largest
-    for (int64_t i = 0; i < count; i += 16) {
-        const __mmask16 mask = static_cast<__mmask16>(count - i >= 16 ? 0xffff : (1 << (count - i)) - 1);
-        const __m512 x = _mm512_maskz_loadu_ps(mask, values + i);
-        low = _mm512_min_ps(low, x);
-        high = _mm512_max_ps(high, x);
-        magnitude = _mm512_max_epu32(magnitude, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
-    }
-    return {_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high), _mm512_reduce_max_epu32(magnitude) < 0x7f800000u};
-#else
-    constexpr int64_t kStep = 16;
-    float low[kStep] = {}, high[kStep] = {};
-    uint32_t magnitude[kStep] = {};  // as integers, NaN and Inf are the largest
-    const auto include = [&](const float* row, int64_t width) {
-        for (int64_t l = 0; l < width; ++l) {
-            low[l] = row[l] < low[l] ? row[l] : low[l];
-            high[l] = row[l] > high[l] ? row[l] : high[l];
-            const uint32_t bits = bits_of(row[l]) & 0x7fffffff;
-            magnitude[l] = bits > magnitude[l] ? bits : magnitude[l];
-        }
+    Vector low{}, high{}, poison{};  // poison: 0, or NaN where the lane has met NaN or Inf
+    const auto include = [&](Vector x) {
+        low = x < low ? x : low;
+        high = x > high ? x : high;
+        poison = multiply_add(x, Vector{}, poison);
     };
-    const int64_t whole = count / kStep * kStep;
-    for (int64_t i = 0; i < whole; i += kStep) include(values + i, kStep);
-    include(values + whole, count - whole);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) include(load(values + i));
+    if (i < count) {
+        float rest[kLanes] = {};
+        std::memcpy(rest, values + i, static_cast<size_t>(count - i) * sizeof(float));
+        include(load(rest));
+    }
     Range range;
-    for (int64_t l = 0; l < kStep; ++l) range.include({low[l], high[l], magnitude[l] < 0x7f800000});
+    for (int l = 0; l < kLanes; ++l) range.include({low[l], high[l], poison[l] == 0});
     return range;
-#endif
 }
 
 struct Coding {
@@ -80,26 +66,27 @@ inline int32_t encode(const float* values, int64_t count, const Coding& coding, 
     }
     int32_t sum = 0;
     int64_t i = 0;
-#if PREQUANT_AVX512
-    const __m512 inverse = _mm512_set1_ps(coding.inverse);
-    const __m512i zero = _mm512_set1_epi32(coding.zero_point);
-    __m512i sums = _mm512_setzero_si512();
-    for (; i < count; i += 16) {
-        const __mmask16 mask = static_cast<__mmask16>(count - i >= 16 ? 0xffff : (1 << (count - i)) - 1);
-        const __m512i rounded =
-            _mm512_cvt_roundps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, values + i), inverse), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        const __m512i code = _mm512_max_epi32(_mm512_setzero_si512(), _mm512_min_epi32(_mm512_set1_epi32(255), _mm512_add_epi32(rounded, zero)));
-        _mm_mask_storeu_epi8(codes + i, mask, _mm512_cvtepi32_epi8(code));
-        sums = _mm512_mask_add_epi32(sums, mask, sums, code);
+#if PREQUANT_AVX512 || PREQUANT_AVX2
+    // Conversion rounds half to even as round_even does; the two packs clip to 0 ... 255.
+    const __m256 inverse = _mm256_set1_ps(coding.inverse);
+    const __m256i zero = _mm256_set1_epi32(coding.zero_point), in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256i sums = _mm256_setzero_si256();
+    const auto code = [&](int64_t at) { return _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + at), inverse)), zero); };
+    for (; i + 32 <= count; i += 32) {
+        const __m256i low = _mm256_packs_epi32(code(i), code(i + 8)), high = _mm256_packs_epi32(code(i + 16), code(i + 24));
+        const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), in_order);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), bytes);
+        sums = _mm256_add_epi64(sums, _mm256_sad_epu8(bytes, _mm256_setzero_si256()));
     }
-    sum = _mm512_reduce_add_epi32(sums);
-#else
+    int64_t parts[4];
+    std::memcpy(parts, &sums, sizeof parts);
+    sum = static_cast<int32_t>(parts[0] + parts[1] + parts[2] + parts[3]);
+#endif
     for (; i < count; ++i) {
         const int code = larger(0, smaller(255, static_cast<int>(round_even(values[i] * coding.inverse)) + coding.zero_point));
         codes[i] = static_cast<uint8_t>(code);
         sum += code;
     }
-#endif
     return sum;
 }
 

@@ -2,12 +2,12 @@
 //
 //             kTileColumns                    A row of b is two vectors; an accumulator row of c stays in registers
 //          b  +-----------+                   while b streams by.
-//             |  depth    |
-//    a +------+-----------+                   avx512   12 x 32: 24 accumulators of 32 registers
-//      |      |     c     | up to kTileRows   portable  6 x 8:  12 of 16
+//             |  depth    |                   avx512          12 x 32: 24 accumulators of 32 registers
+//    a +------+-----------+                   avx2, avxvnni    6 x 16: 12 of 16
+//      |      |     c     | up to kTileRows   portable         6 x 8
 //      +------+-----------+
 //
-// Sums in    float32, fused on avx512: runs of kRunDepth in the order of depth, each added to c. A single run as long as K would
+// Sums in    float32, fused but on the portable level: runs of kRunDepth in the order of depth, each added to c. A single run as long as K would
 //            lose as much again as a library's product does.
 #pragma once
 
@@ -17,7 +17,7 @@ namespace prequant::PREQUANT_LEVEL {
 
 constexpr int kTileRows = PREQUANT_AVX512 ? 12 : 6;
 constexpr int kTileColumns = 2 * kLanes;
-constexpr int64_t kRunDepth = PREQUANT_AVX512 ? 64 : 32;  // unfused, each step rounds twice
+constexpr int64_t kRunDepth = PREQUANT_AVX512 || PREQUANT_AVX2 ? 64 : 32;  // unfused, each step rounds twice
 
 // Element (row i, depth k) of a is a[i * stride + k], or a[k * stride + i] where Transposed.
 template <int Rows, bool Transposed>

@@ -21,9 +21,9 @@ void embedding(const int64_t* ids, const uint8_t* codes, const float* scale, con
                Stream stream);
 void quantize_activations(Matrix x, bool per_token, int64_t G, const int64_t* excluded, int64_t size, uint8_t* codes, float* scale, uint8_t* zero_point,
                           int32_t* sums, Stream stream);
-void linear_w4a16(Matrix x, Weight weight, Outliers outliers, const float* bias, MutableMatrix y, Stream stream);
+void linear_w4a16(Matrix x, Weight weight, Outliers outliers, const float* bias, bool in_float32, MutableMatrix y, Stream stream);
 void linear_w4a8(Activations x, const Matrix* raw, Weight weight, Outliers outliers, const float* bias, MutableMatrix y, Stream stream);
-void linear_dx(Matrix grad_y, Weight weight, Outliers outliers, MutableMatrix grad_x, Stream stream);
+void linear_dx(Matrix grad_y, Weight weight, Outliers outliers, bool in_float32, MutableMatrix grad_x, Stream stream);
 void outlier_grad(Matrix grad_y, Matrix x, Activations codes, const int64_t* dims, int64_t r, int axis, float* gradient, Stream stream);
 void scale_grad(Matrix grad_y, Matrix x, Activations codes, Weight weight, float* gradient, Stream stream);
 

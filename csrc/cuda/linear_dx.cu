@@ -163,7 +163,7 @@ __global__ void transpose_kernel(const float* __restrict__ values, int64_t rows,
 
 }  // namespace
 
-void linear_dx(Matrix grad_y, Weight weight, Outliers outliers, MutableMatrix grad_x, Stream stream) {
+void linear_dx(Matrix grad_y, Weight weight, Outliers outliers, bool, MutableMatrix grad_x, Stream stream) {
     if (grad_y.rows == 0 || weight.K == 0) return;
     Product p = product_of(grad_y, weight, grad_x, stream);
     p.dims = outliers.dims;

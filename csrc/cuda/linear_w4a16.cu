@@ -141,7 +141,7 @@ void linear(const Product& p, MutableMatrix y, Stream stream) {
 
 }  // namespace
 
-void linear_w4a16(Matrix x, Weight weight, Outliers outliers, const float* bias, MutableMatrix y, Stream stream) {
+void linear_w4a16(Matrix x, Weight weight, Outliers outliers, const float* bias, bool, MutableMatrix y, Stream stream) {
     if (x.rows == 0 || weight.N == 0) return;
     Product p = product_of(x, weight, y, stream);
     p.bias = bias;

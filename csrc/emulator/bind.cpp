@@ -103,7 +103,9 @@ PYBIND11_MODULE(PREQUANT_LIBRARY, m) {
 
     m.def("container_bits", &container_bits);
     m.def("packed_row_bytes", &packed_row_bytes);
-    m.def("prepacked_index", &prepacked_index);
+    m.def("word_codes", &word_codes);
+    m.def("word_shift", &word_shift);
+    m.def("panel_offset", &panel_offset);
     m.def("chunks_along", &chunks_along);
     m.def("lane_bytes", &lane_bytes);
     m.def("chunk_bytes", &chunk_bytes);

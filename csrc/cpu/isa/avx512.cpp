@@ -22,6 +22,8 @@
 
 #define PREQUANT_LEVEL avx512
 #define PREQUANT_AVX512 1
+#define PREQUANT_AVX2 0
+#define PREQUANT_VNNI 1
 #include "../kernels.inl"
 
 namespace prequant {

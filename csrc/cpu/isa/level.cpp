@@ -1,5 +1,9 @@
 #include "level.h"
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -15,6 +19,21 @@ struct Level {
     const Kernels& (*kernels)();
 };
 
+#ifdef __x86_64__
+// Two features that the compilers' __builtin_cpu_supports does not know by name in every version; with AVX2 the system saves the registers.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+
+bool has_avxvnni() {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
+#endif
+
 // Best first. __builtin_cpu_supports also asks whether the operating system saves the registers.
 constexpr Level kLevels[] = {
 #ifdef __x86_64__
@@ -24,6 +43,8 @@ constexpr Level kLevels[] = {
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
      },
      &avx512_kernels},
+    {"avxvnni", [] { return has_avx2() && has_avxvnni(); }, &avxvnni_kernels},
+    {"avx2", has_avx2, &avx2_kernels},
 #endif
     {"portable", [] { return true; }, &portable_kernels},
 };

@@ -1,0 +1,35 @@
+// The CPU kernels for AVX2 with AVX-VNNI, FMA and F16C. See avx512.cpp for why every header stands before the pragma.
+#ifdef __x86_64__
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../parallel.h"
+#include "level.h"
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define PREQUANT_LEVEL avxvnni
+#define PREQUANT_AVX512 0
+#define PREQUANT_AVX2 1
+#define PREQUANT_VNNI 1
+#include "../kernels.inl"
+
+namespace prequant {
+
+const Kernels& avxvnni_kernels() { return avxvnni::kKernels; }
+
+}  // namespace prequant
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+
+#endif
