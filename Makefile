@@ -1,6 +1,7 @@
 # make demo   quantize a real model once, fine-tune 0.5 % of its weights, compare with full fine-tuning
 # make test   every test but those of make gate
 # make gate   what nvcc makes of the CUDA kernels, what they do to memory; needs nvcc, no GPU. make budgets: measure csrc/cuda/budgets.toml anew
+# make bench  times and memory on this CPU beside torch: layer, training step, model, quantization; the README's tables. BENCH_JSON=folder keeps records, too
 # make gpu-model   predicted times on GPUs: a model, no GPU was used
 # make test-gpu, make bench-gpu   on a GPU: tests, under compute-sanitizer too; times beside cuBLAS, into bench/results
 # make lint, make format, make clean
@@ -35,7 +36,7 @@ NVCC := $(if $(filter 0,$(PREQUANT_CUDA)),,$(shell command -v nvcc))
 NATIVE := setup.py pyproject.toml $(shell find csrc -path csrc/emulator -prune -o \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \) -print)
 CXX_SOURCES := $(shell find csrc python_tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test gate budgets gpu-model test-gpu bench-gpu lint format clean
+.PHONY: help demo test gate budgets gpu-model bench test-gpu bench-gpu lint format clean
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -84,6 +85,15 @@ budgets: $(VENV)/.built
 
 gpu-model: $(VENV)/.built
 	@$(BIN)/python bench/gpu_model.py $(MODEL)
+
+# Each prints its tables; peers.py compares with other libraries where they are installed: pip install '.[bench]'.
+BENCH_RECORD = $(if $(BENCH_JSON),--json $(BENCH_JSON)/$(1).json)
+bench: $(VENV)/.built
+	@$(if $(BENCH_JSON),mkdir -p $(BENCH_JSON))
+	@$(BIN)/python bench/linear.py $(call BENCH_RECORD,linear)
+	@$(BIN)/python bench/train_step.py --steps 3 $(call BENCH_RECORD,train_step)
+	@$(BIN)/python bench/model.py --rounds 5 $(call BENCH_RECORD,model)
+	@$(BIN)/python bench/quantize.py --rounds 3 $(call BENCH_RECORD,quantize)
 
 # compute-sanitizer slows a kernel down a hundredfold: one call of each operator for each of its tools.
 SANITIZER := $(shell command -v compute-sanitizer)
