@@ -170,13 +170,14 @@ class PreQuantLinear(FrozenWeight):
         if self.in_features != K:  # the packed row alone cannot tell an odd K from the next even one
             raise ValueError(f"x has K = {K} but the layer has in_features = {self.in_features}")
         rows = x if x.dim() == 2 else x.reshape(-1, K)
-        own = self._parameters  # an attribute costs Module a search, and a layer of one token is done in a few microseconds
+        own: dict[str, Any] = self._parameters  # an attribute costs Module a search, and a layer of one token is done in a few microseconds
         weight = (own["weight_packed"], own["weight_scale"], own["weight_zero_point"], own["outlier_dims"], own["outlier_weight"])
         axis, bias = AXES[self.axis], own["bias"]
         if self.activation_bits is None:
             y = ops.linear_w4a16(rows, *weight, bias, self.bits, axis, self.out_features)
         else:
-            quantized: tuple[Tensor | None, ...] = (None,) * 4  # by the operator itself, where nobody needs them afterwards
+            # By the operator itself, where nobody needs them afterwards.
+            quantized: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None)
             if torch.is_grad_enabled():
                 quantized = ops.quantize_activations(rows.detach(), self.per_token, self.group_size, self.outlier_dims if self.raw_outliers else None)
             y = ops.linear_w4a8(rows, *quantized, *weight, bias, self.bits, axis, self.raw_outliers, self.out_features, self.per_token)
