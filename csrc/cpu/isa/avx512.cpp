@@ -13,7 +13,8 @@
 #include "../parallel.h"
 #include "level.h"
 
-#ifdef __clang__
+#ifdef PREQUANT_EMULATED_ISA  // a test library for a CPU without AVX-512: immintrin.h is csrc/emulator/isa's
+#elif defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms of GCC 12 in its own intrinsics (bug 105593)
@@ -32,7 +33,7 @@ const Kernels& avx512_kernels() { return avx512::kKernels; }
 
 }  // namespace prequant
 
-#ifdef __clang__
+#if defined(__clang__) && !defined(PREQUANT_EMULATED_ISA)
 #pragma clang attribute pop
 #endif
 
