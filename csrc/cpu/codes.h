@@ -7,6 +7,7 @@ namespace prequant::PREQUANT_LEVEL {
 
 // Codes begin .. begin + count of a canonical row, a byte each; slow where begin lies inside a byte.
 inline void unpack_codes(const uint8_t* row, int64_t begin, int64_t count, int container, uint8_t* codes) {
+    if (count == 0) return;  // an empty tensor's data is null, which memcpy may not be given
     const int per_byte = 8 / container;
     if (begin % per_byte != 0) {
         for (int64_t k = 0; k < count; ++k) codes[k] = static_cast<uint8_t>(code_at(row, begin + k, container));
@@ -34,6 +35,7 @@ inline void unpack_codes(const uint8_t* row, int64_t begin, int64_t count, int c
 
 // The inverse, from the row's first byte that holds code `begin`; padding bits of the last byte are 0.
 inline void pack_codes(const uint8_t* codes, int64_t begin, int64_t count, int container, uint8_t* row) {
+    if (count == 0) return;
     const int per_byte = 8 / container;
     uint8_t* bytes = row + begin / per_byte;
     const int64_t whole = count / per_byte;

@@ -15,6 +15,11 @@ inline int64_t saturating_add(int64_t a, int64_t b) {
     return __builtin_add_overflow(a, b, &sum) ? INT64_MAX : sum;
 }
 
+// Not memset, which no null pointer may be given to: an empty matrix has one.
+inline void clear(int64_t* values, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) values[i] = 0;
+}
+
 inline void outlier_counts(Matrix weight, const double* mean, const double* std, double threshold, int64_t* column_counts, int64_t* column_energy,
                            int64_t* row_counts, int64_t* row_energy, Stream) {
     constexpr int64_t kChunk = 2048;
@@ -49,11 +54,11 @@ inline void outlier_counts(Matrix weight, const double* mean, const double* std,
         }
     };
 
-    std::memset(column_counts, 0, static_cast<size_t>(K) * sizeof(int64_t));
-    std::memset(column_energy, 0, static_cast<size_t>(K) * sizeof(int64_t));
+    clear(column_counts, K);
+    clear(column_energy, K);
     if (!(sigma > 0)) {
-        std::memset(row_counts, 0, static_cast<size_t>(N) * sizeof(int64_t));
-        std::memset(row_energy, 0, static_cast<size_t>(N) * sizeof(int64_t));
+        clear(row_counts, N);
+        clear(row_energy, N);
         return;
     }
     const int64_t parts = smaller(num_threads(), ceil_div(N, 16));
@@ -63,7 +68,7 @@ inline void outlier_counts(Matrix weight, const double* mean, const double* std,
     parallel_for(parts, N / parts * K, [&](int64_t begin, int64_t end) {
         for (int64_t part = begin; part < end; ++part) {
             int64_t* own = sums + part * 2 * K;
-            std::memset(own, 0, static_cast<size_t>(2 * K) * sizeof(int64_t));
+            clear(own, 2 * K);
             count_rows(N * part / parts, N * (part + 1) / parts, own, own + K);
         }
     });

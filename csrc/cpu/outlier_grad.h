@@ -16,8 +16,9 @@ inline void outlier_grad(Matrix grad_y, Matrix x, Activations codes, const int64
     const ActivationRows activations{x, codes}, grad{grad_y, {}};
     const ActivationRows& wide = axis == 1 ? grad : activations;
     const int64_t M = grad_y.rows, columns = wide.columns();
+    if (r * columns == 0) return;  // an empty tensor's data is null, which memset may not be given
     std::memset(gradient, 0, static_cast<size_t>(r * columns) * sizeof(float));
-    if (r == 0 || M == 0) return;
+    if (M == 0) return;
 
     const int64_t rows_at_once = smaller(M, side_rows(r, kRows));
     const bool is_copied = !(axis == 1 && x.data != nullptr && x.dtype == Dtype::float32);
