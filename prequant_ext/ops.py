@@ -299,11 +299,12 @@ def _on_one_device(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def register(name: str) -> None:
-    """Register fakes and gradients for ``torch.ops.<name>``: the library itself, and those of the tests, whose CPU tensors meet the GPU's kernels."""
+def register(name: str, has_chunks: bool = False) -> None:
+    """Register fakes and gradients for ``torch.ops.<name>``: the library itself, and those of the tests. ``has_chunks``: its CPU tensors meet the GPU's
+    kernels, and prepacked weights are made of tensor-core chunks."""
     library = getattr(torch.ops, name)
     fakes = dict(FAKES)
-    if name != "prequant":
+    if has_chunks:
         fakes["prepack"] = lambda weight_packed, K, bits: weight_packed.new_empty(_prepacked_shape(weight_packed, K, bits, True))
     for op, fake in fakes.items():
         torch.library.register_fake(f"{name}::{op}", _on_one_device(f"{name}::{op}", fake))

@@ -19,6 +19,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data-dir", default=None, help="folder of GLUE JSON lines; default: PREQUANT_DATA_DIR, else ../shared/data/glue if it exists")
 
 
+def use_cpu_variant() -> None:
+    """PREQUANT_CPU_VARIANT makes a library of cpu_variants.py the CPU's operators, in place of the installed one; "emulated": the CUDA kernels."""
+    variant = os.environ.get("PREQUANT_CPU_VARIANT")
+    if not variant:
+        return
+    import cpu_variants
+    import emulated
+
+    from prequant_ext import ops
+
+    if variant == "emulated":
+        emulated.load()
+        ops._prequant = getattr(torch.ops, emulated.LIBRARIES["fast"])
+    else:
+        cpu_variants.load(variant)
+        ops._prequant = getattr(torch.ops, cpu_variants.library(variant))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    use_cpu_variant()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line a reason, with its count: pytest's own list has one for each place."""
     reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", []))

@@ -8,7 +8,6 @@ One build.ninja in build/emulated/ makes all three; ninja decides what is out of
 """
 
 import ctypes
-import fcntl
 import functools
 import importlib.machinery
 import importlib.util
@@ -16,23 +15,18 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 from types import ModuleType
 
-import torch
+import native_libraries
+from native_libraries import CSRC, ROOT
 
-ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "emulated"
 LIBRARIES = {"fast": "prequant_emulated", "traced": "prequant_traced", "sanitized": "prequant_emulated"}  # torch.ops.<name>
 
-_STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030A0000"]  # as in setup.py
-_CXX_FLAGS = ["-std=c++20", "-fPIC", "-march=native", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-_SANITIZE = "-O1 -g1 -fsanitize=address,undefined -fno-omit-frame-pointer"
 # -O1 compiles in half the time of -O2 and emulates as fast. As under nvcc, memory may be read as another type than it was written.
-_KERNEL_FLAGS = {"fast": "-O1", "traced": "-O1 -g -DPREQUANT_TRACED -fsanitize=thread", "sanitized": _SANITIZE}
-_EMULATOR_FLAGS = {"fast": "-O2", "traced": "-O2 -DPREQUANT_TRACED", "sanitized": _SANITIZE}
+_KERNEL_FLAGS = {"fast": "-O1", "traced": "-O1 -g -DPREQUANT_TRACED -fsanitize=thread", "sanitized": native_libraries.SANITIZE}
+_EMULATOR_FLAGS = {"fast": "-O2", "traced": "-O2 -DPREQUANT_TRACED", "sanitized": native_libraries.SANITIZE}
 
 
 def nvcc() -> str | None:
@@ -51,59 +45,32 @@ def cuda_include() -> Path | None:
     return include if include and (include / "cuda_fp16.h").exists() else None
 
 
-def _build_file() -> str:
+def _build_file(cuda_headers: Path) -> str:
     """build.ninja: host functions once, kernels and emulator for each variant."""
-    torch_folder = Path(torch.__file__).parent
-    includes = [torch_folder / "include", Path(sysconfig.get_path("include")), cuda_include()]
-    flags = [*_CXX_FLAGS, "-DPREQUANT_EMULATED", *(f"-isystem {include}" for include in includes)]
-    lines = [
-        "rule compile",
-        f"  command = g++ {' '.join(flags)} $flags -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = g++ -shared $flags -Wl,--wrap=torch_call_dispatcher $in -o $out -L{torch_folder / 'lib'} -ltorch_cpu -lc10 -lpthread -ldl",
-    ]
-
-    def compile_(source: Path, folder: str, flags: str) -> str:
-        target = f"{folder}/{source.name}.o"
-        lines.extend([f"build {target}: compile {source}", f"  flags = {flags}"])
-        return target
-
-    stable_abi = " ".join(["-O1", *_STABLE_ABI])
-    sources = [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if path.name != "ops.cpp"]
-    host = [compile_(source, "host", stable_abi) for source in sources]
-    registered = {name: compile_(ROOT / "csrc" / "ops.cpp", name, f"{stable_abi} -DPREQUANT_LIBRARY={name}") for name in sorted(set(LIBRARIES.values()))}
+    file = native_libraries.BuildFile("-march=native -Wno-unknown-pragmas -DPREQUANT_EMULATED", [cuda_headers])
+    stable_abi = f"-O1 {native_libraries.STABLE_ABI}"
+    sources = [path for path in sorted(CSRC.glob("*.cpp")) if path.name != "ops.cpp"]
+    host = [file.compile(source, "host", stable_abi) for source in sources]
+    registered = {name: file.compile(CSRC / "ops.cpp", name, f"{stable_abi} -DPREQUANT_LIBRARY={name}") for name in sorted(set(LIBRARIES.values()))}
     for variant, library in LIBRARIES.items():
         # In this order: of an inline function the linker takes the first copy. The emulator's must not be an instrumented one, the kernels' must.
         objects = []
-        for source in sorted((ROOT / "csrc" / "emulator").glob("**/*.cpp" if variant == "traced" else "*.cpp")):
-            objects.append(compile_(source, variant, f"{_EMULATOR_FLAGS[variant]} -DPREQUANT_LIBRARY={library}"))
-        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) + sorted((ROOT / "csrc" / "emulator").glob("*.cu")):
-            objects.append(compile_(source, variant, f"{_KERNEL_FLAGS[variant]} -fno-strict-aliasing -x c++"))
-        objects += [*host, registered[library]]
-        link_flags = "-fsanitize=address,undefined" if variant == "sanitized" else ""
-        lines.extend([f"build {variant}/{library}.so: link {' '.join(objects)}", f"  flags = {link_flags}"])
-        lines.append(f"build {variant}.library: phony {variant}/{library}.so")
-    return "\n".join(lines) + "\n"
+        tracer = sorted((CSRC / "emulator" / "tracer").glob("*.cpp")) if variant == "traced" else []
+        for source in sorted((CSRC / "emulator").glob("*.cpp")) + tracer:
+            objects.append(file.compile(source, variant, f"{_EMULATOR_FLAGS[variant]} -DPREQUANT_LIBRARY={library}"))
+        for source in sorted((CSRC / "cuda").glob("*.cu")) + sorted((CSRC / "emulator").glob("*.cu")):
+            objects.append(file.compile(source, variant, f"{_KERNEL_FLAGS[variant]} -fno-strict-aliasing -x c++"))
+        link_flags = f"-Wl,--wrap=torch_call_dispatcher {native_libraries.SANITIZE_LINK if variant == 'sanitized' else ''}"
+        file.link(f"{variant}/{library}.so", [*objects, *host, registered[library]], link_flags)
+    return file.text()
 
 
 def build(variant: str = "fast") -> Path:
     """The up-to-date library of this variant. Raises RuntimeError with the compiler's output."""
-    if cuda_include() is None:
+    cuda_headers = cuda_include()
+    if cuda_headers is None:
         raise RuntimeError("the emulated library needs CUDA's headers, and nvcc is not installed")
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with open(FOLDER / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        build_file, text = FOLDER / "build.ninja", _build_file()
-        if not build_file.exists() or build_file.read_text() != text:
-            build_file.write_text(text)
-        ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}") or "ninja"
-        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-        done = subprocess.run([ninja, "-j", str(os.cpu_count()), f"{variant}.library"], cwd=FOLDER, capture_output=True, text=True, env=environment)
-        if done.returncode != 0:
-            raise RuntimeError(f"the emulated library does not build:\n{done.stdout}{done.stderr}")
-    return FOLDER / variant / f"{LIBRARIES[variant]}.so"
+    return native_libraries.build(FOLDER, _build_file(cuda_headers), f"{variant}/{LIBRARIES[variant]}.so", "the emulated library")
 
 
 def load(variant: str = "fast") -> ModuleType:
@@ -120,7 +87,7 @@ def _load(variant: str) -> ModuleType:
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))  # type: ignore[arg-type]
     module.debug_information = open(path, "rb")  # of the file that is loaded: a later build replaces it  # noqa: SIM115
     loader.exec_module(module)
-    ops.register(name)
+    ops.register(name, has_chunks=True)
     return module
 
 
@@ -135,15 +102,4 @@ def c_functions(path: Path) -> ctypes.CDLL:
 
 def sanitizer_environment() -> dict[str, str]:
     """The environment in which a Python loads the sanitized library; fixtures then take it for the fast one."""
-
-    def library(name: str) -> str:
-        return subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-
-    return {
-        **os.environ,
-        "LD_PRELOAD": f"{library('libasan.so')} {library('libubsan.so')}",
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",  # Python leaks; fibers have stacks of their own
-        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-        "PYTHONMALLOC": "malloc",
-        "PREQUANT_EMULATED_VARIANT": "sanitized",
-    }
+    return native_libraries.sanitizer_environment(PREQUANT_EMULATED_VARIANT="sanitized")

@@ -1,14 +1,15 @@
-"""What all operators share: opcheck, errors across devices, levels of the CPU, threads."""
+"""What all operators share: opcheck, errors across devices, threads. Levels of the CPU: test_cpu_levels.py."""
 
-import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from operands import LAYERS, assert_identical, random_matrix, random_outliers, random_weight
+from operands import LAYERS, Layer, random_matrix, random_outliers, random_weight
+from test_gpu import assert_same_bits, calls, results
 
 from prequant_ext import ops, reference
 
@@ -53,20 +54,21 @@ def test_opcheck(op, device):
     torch.library.opcheck(getattr(ops._prequant, op).default, sample(op, device))  # the library that the device fixture chose
 
 
-@pytest.mark.parametrize("op", ["quantize_activations", "linear_w4a16", "linear_w4a8", "linear_dx", "weight_stats", "outlier_counts", "scale_grad"])
-def test_thread_count_changes_no_bit(op):
-    threads, results = torch.get_num_threads(), []
-    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in sample(op, "cpu")]
-    try:
-        for count in (1, 2, 3, 8):
-            torch.set_num_threads(count)
-            result = getattr(ops, op)(*arguments)
-            results.append(result if isinstance(result, tuple) else (result,))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for actual, expected in zip(other, results[0], strict=True):
-            assert_identical(actual, expected)
+# Large enough that eight threads get work from every kernel.
+MANY_TASKS = {"blocks": Layer(70, 2064, 600, blocks="group", group_size=48), "one block, output axis": Layer(70, 2061, 600, axis=0, dtype=torch.bfloat16)}
+
+
+@pytest.mark.parametrize("layer", MANY_TASKS.values(), ids=MANY_TASKS.keys())
+@pytest.mark.parametrize("op", ops.FAKES)
+def test_thread_count_changes_no_bit(op, layer, request):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    call, operand = calls(layer, "cpu")[op]
+    for count in (1, 2, 3, 8):
+        torch.set_num_threads(count)
+        actual = results(call, operand)
+        if count == 1:
+            expected = actual
+        assert_same_bits(actual, expected)
 
 
 @pytest.mark.parametrize("op", [op for op in ops.FAKES if op not in ("pack", "unpack", "prepack", "unprepack", "weight_stats")])
@@ -78,53 +80,7 @@ def test_tensors_on_two_devices_are_refused(op, device):
         getattr(ops, op)(first, *moved)
 
 
-LEVEL_SCRIPT = """
-import hashlib, json, sys
-sys.path.insert(0, "python_tests")
-import torch
-from operands import LAYERS, Layer
-from test_linear_w4a8 import operands
-from test_ops import sample
-from prequant_ext import ops
-digest = lambda *tensors: hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).hexdigest()
-result = {op: digest(*(r if isinstance(r := getattr(ops, op)(*sample(op, "cpu")), tuple) else (r,)))
-          for op in ("weight_stats", "outlier_counts", "select_outlier_dims", "quantize_pack", "quantize_activations", "embedding")}
-for name, layer in LAYERS.items():
-    x, activations, rest = operands(Layer(**{**layer.__dict__, "r": 0}), "cpu")
-    y = ops.linear_w4a8(x, *activations, *rest[:5], None, *rest[6:])
-    result["linear_w4a8 " + name] = digest(y.float())
-result["level"] = torch.ops.prequant.build_info()
-print(json.dumps(result))
-"""
-
-
-def at_level(level: str, script: str = LEVEL_SCRIPT) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PREQUANT_ISA": level}
-    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, cwd=TESTS.parent, check=False)
-
-
-def test_levels_of_the_cpu_agree_on_every_integer():
-    portable, best = at_level("portable"), at_level("")
-    assert portable.returncode == 0, portable.stderr
-    assert best.returncode == 0, best.stderr
-    portable, best = json.loads(portable.stdout), json.loads(best.stdout)
-    assert "isa=portable" in portable.pop("level")
-    if "isa=portable" in best.pop("level"):
-        pytest.skip("this CPU has the portable level only")
-    assert portable == best
-
-
 def test_unknown_level_is_refused():
-    failed = at_level("sse9", "import prequant_ext.ops as ops, torch; ops.pack(torch.zeros(1, 2, dtype=torch.uint8), 4)")
+    script = "import prequant_ext.ops as ops, torch; ops.pack(torch.zeros(1, 2, dtype=torch.uint8), 4)"
+    failed = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PREQUANT_ISA": "sse9"}, capture_output=True, text=True, cwd=TESTS.parent)
     assert failed.returncode != 0 and "PREQUANT_ISA" in failed.stderr and "sse9" in failed.stderr
-
-
-@pytest.mark.slow
-def test_the_portable_level_passes_the_operator_tests():
-    """This process has run them at the best level of this CPU; portable is what any other CPU runs."""
-    if "isa=portable" in torch.ops.prequant.build_info():
-        pytest.skip("this process runs the portable level itself")
-    tests = [str(path) for op in ops.FAKES if (path := TESTS / f"test_{op}.py").exists()]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu", *tests]
-    done = subprocess.run(command, env=os.environ | {"PREQUANT_ISA": "portable"}, capture_output=True, text=True, cwd=TESTS.parent, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
