@@ -34,7 +34,7 @@ SASS_TOOLS := nvidia-cuda-cuobjdump==13.2.78 nvidia-cuda-nvdisasm==13.2.78
 NVCC := $(if $(filter 0,$(PREQUANT_CUDA)),,$(shell command -v nvcc))
 
 NATIVE := setup.py pyproject.toml $(shell find csrc -path csrc/emulator -prune -o \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \) -print)
-CXX_SOURCES := $(shell find csrc python_tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find csrc python_tests bench -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo test gate budgets gpu-model bench test-gpu bench-gpu lint format clean
 help:
