@@ -93,9 +93,9 @@ struct Problem {
         if (op == "linear_w4a8") {
             kernels.linear_w4a8(activations(), nullptr, weight(), outliers(), bias.data(), output, {});
         } else if (op == "linear_w4a16") {
-            kernels.linear_w4a16(input, weight(), outliers(), bias.data(), output, {});
+            kernels.linear_w4a16(input, weight(), outliers(), bias.data(), false, output, {});
         } else if (op == "linear_dx") {
-            kernels.linear_dx(grad_y, weight(), outliers(), grad_x, {});
+            kernels.linear_dx(grad_y, weight(), outliers(), false, grad_x, {});
         } else if (op == "quantize_activations") {
             kernels.quantize_activations(input, true, 1, nullptr, 0, codes.data(), x_scale.data(), x_zero_point.data(), x_sums.data(), {});
         } else {

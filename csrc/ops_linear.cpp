@@ -145,7 +145,9 @@ class LinearActivations {
 static Activations quantize_into_scratch(Device& device, const Matrix& x, bool per_token, int64_t G, const int64_t* excluded, int64_t size) {
     const auto quantize = device.require(&Kernels::quantize_activations, "quantize_activations");
     const int64_t M = x.rows, K = x.cols, ranges = per_token ? M : 1;
-    const int64_t sums = ranges * 4, zero_points = sums + M * G * 4, codes = zero_points + ceil_div(ranges, 64) * 64;
+    constexpr int64_t kAlignment = 256;  // as a tensor of its own would have
+    const auto after = [](int64_t begin, int64_t bytes) { return begin + ceil_div(bytes, kAlignment) * kAlignment; };
+    const int64_t sums = after(0, ranges * 4), zero_points = after(sums, M * G * 4), codes = after(zero_points, ranges);
     uint8_t* const memory = static_cast<uint8_t*>(device.stream().scratch(codes + M * K + 1));
     Activations made{memory + codes, reinterpret_cast<float*>(memory), memory + zero_points, reinterpret_cast<int32_t*>(memory + sums), M, K, per_token};
     quantize(x, per_token, G, excluded, size, memory + codes, reinterpret_cast<float*>(memory), memory + zero_points, reinterpret_cast<int32_t*>(memory + sums),
@@ -171,9 +173,9 @@ Tensor linear_w4a8(const Tensor& x, const std::optional<Tensor>& x_codes, const 
     const Tensor x_ = raw_outliers || !activations.are_given() ? row_major(x) : x;
     const Matrix floats = matrix(x_, "x");
     const Outliers outliers_ = outliers.view();
-    const Activations view = activations.are_given()
-                                 ? activations.view()
-                                 : quantize_into_scratch(device, floats, per_token, scale.size(1), raw_outliers ? outliers_.dims : nullptr, outliers_.r);
+    const Activations view = activations.are_given() ? activations.view()
+                                                     : quantize_into_scratch(device, floats, per_token, scale.size(1), raw_outliers ? outliers_.dims : nullptr,
+                                                                             raw_outliers ? outliers_.r : 0);
     kernel(view, raw_outliers ? &floats : nullptr, in_layout(device, weight.view(), reads_prepacked(device)), outliers_, bias_.data(), mutable_matrix(y, "x"),
            device.stream());
     return y;

@@ -30,6 +30,19 @@ static_assert(kByteRun * 2 * 255 * kByteLimit <= INT16_MAX, "a run must fit int1
 #define PREQUANT_WEIGHTS "m"
 #endif
 
+#ifdef PREQUANT_EMULATED_ISA
+// In a test library for a CPU without these instructions: what they do, lane by lane.
+inline void dot_words(Ints& sum, const Ints& a, const Ints& w) { sum += ((a << 16) >> 16) * ((w << 16) >> 16) + (a >> 16) * (w >> 16); }
+inline void dot_bytes(Ints& sum, const Ints& a, const Ints& w) {
+    for (int byte = 0; byte < 4; ++byte) sum += ((a >> (8 * byte)) & 255) * ((w << (24 - 8 * byte)) >> 24);
+}
+inline void dot_words_in_registers(Ints& sum, const Ints& a, const Ints& w) { dot_words(sum, a, w); }
+inline void dot_bytes_in_registers(Ints& sum, const Ints& a, const Ints& w) { dot_bytes(sum, a, w); }
+inline void start_bytes(Ints& sum, const Ints& a, const Ints& w) {
+    sum = Ints{};
+    dot_bytes(sum, a, w);
+}
+#else
 inline void dot_words(Ints& sum, const Ints& a, const Ints& w) {
 #if PREQUANT_AVX512
     __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), PREQUANT_WEIGHTS(w));
@@ -89,6 +102,7 @@ inline void dot_bytes_in_registers(Ints& sum, const Ints& a, const Ints& w) {
     __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(a), "x"(w));
 #endif
 }
+#endif
 #endif
 
 // total += the sums of a run of dot_bytes.
