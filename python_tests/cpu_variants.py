@@ -2,10 +2,9 @@
 
     avx512, avxvnni    that level alone, its instructions emulated by those of AVX2 (csrc/emulator/isa): an x86-64 CPU with AVX2 runs them
     sanitized          the levels that this CPU has, under AddressSanitizer and UndefinedBehaviorSanitizer
-    sanitized_avx512   both: every access of the emulated level is then one that AddressSanitizer sees
 
 A level that csrc/cpu/isa does not have yet is left out. PREQUANT_CPU_VARIANT=<variant> makes the tests take that library for the CPU's (conftest.py);
-the sanitized ones load only in environment(variant). One build.ninja in build/cpu_variants/ makes all of them; ninja decides what is out of date.
+the sanitized one loads only in environment(variant). One build.ninja in build/cpu_variants/ makes all of them; ninja decides what is out of date.
 """
 
 import functools
@@ -37,7 +36,6 @@ VARIANTS = {
         "avx512": Variant("avx512"),
         "avxvnni": Variant("avxvnni"),
         "sanitized": Variant(None, is_sanitized=True),
-        "sanitized_avx512": Variant("avx512", is_sanitized=True),
     }.items()
     if variant.emulated_level in (None, *LEVELS)
 }
@@ -85,11 +83,6 @@ def real_levels() -> list[str]:
     return found[1].split(", ")
 
 
-def _sanitize_emulated(variant: Variant) -> str:
-    """A report in place of the trap."""
-    return f"-fno-sanitize-undefined-trap-on-error {native_libraries.SANITIZE}" if variant.is_sanitized else ""
-
-
 def _build_file() -> str:
     """build.ninja: host functions once, and for each variant its registration and its kernels."""
     file = native_libraries.BuildFile()
@@ -109,7 +102,7 @@ def _build_file() -> str:
                 objects.append(file.compile(source, name, sanitize if will_run else "-O1"))
         else:
             level = f"-DPREQUANT_EMULATED_ISA={variant.emulated_level}"
-            objects.append(file.compile(CSRC / "cpu" / "isa" / f"{variant.emulated_level}.cpp", name, f"{level} {_EMULATED} {_sanitize_emulated(variant)}"))
+            objects.append(file.compile(CSRC / "cpu" / "isa" / f"{variant.emulated_level}.cpp", name, f"{level} {_EMULATED}"))
             objects.append(file.compile(CSRC / "emulator" / "isa" / "only_level.cpp", name, f"-O1 {level}"))
         file.link(f"{library(name)}.so", objects, native_libraries.SANITIZE_LINK if variant.is_sanitized else "")
     return file.text()
