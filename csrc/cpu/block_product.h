@@ -19,12 +19,17 @@ constexpr int64_t kBlockRows = 256;  // of a task
 constexpr int64_t kBlockPanelBytes = (kBlock / 2 + 2) * kStepBytes;  // 2: a quad cut by a group's edge
 constexpr int64_t kBlockTaskBytes = kBlockPanelBytes + OutlierSide::kScratchBytes + kBlockRows * kPanelColumns * static_cast<int64_t>(sizeof(float));
 
-// build(column, begin, end, panel, scales) makes the panel of words of depth begin .. end and says with what its columns' sums are multiplied (null: 1);
-// segment_end(begin) is the first depth after `begin` with another scale; scale_columns(column, scales) fills what the whole sums are multiplied with.
-// few(column, rows, a, sums) makes the sums of a few rows without a panel, or returns false.
-template <typename Build, typename SegmentEnd, typename ScaleColumns, typename Few>
-inline void block_product(const Matrix& a, const float* factors, bool in_quads, int64_t columns, const OutlierSide& outlier_side, int64_t r, const float* bias,
-                          const MutableMatrix& out, const Build& build, const SegmentEnd& segment_end, const ScaleColumns& scale_columns, const Few& few) {
+// The weight of the product, as a type with
+//   kInQuads                                     whether the rows of a meet its panels in the order of quads (weight_panel.h)
+//   columns()                                    of the result
+//   factors()                                    what the columns of a are multiplied with before they are rounded, or null
+//   segment_end(begin)                           the first depth after `begin` with other scales
+//   panel(column, begin, end, words, scales)     makes the words of depth begin .. end; true: their sums are to be multiplied with `scales`
+//   column_scales(column, scales)                true: so are the whole sums
+//   few(column, rows, a, sums)                   makes the sums of a few rows without a panel, or returns false
+template <typename Operand>
+inline void block_product(const Matrix& a, const Operand& weight, const OutlierSide& outlier_side, const float* bias, const MutableMatrix& out) {
+    const int64_t columns = weight.columns(), r = outlier_side.r();
     const int64_t M = a.rows, depth = a.cols, panels = ceil_div(columns, kPanelColumns);
     if (M == 0 || columns == 0) return;
     const int64_t blocks = ceil_div(depth, kBlock), stride = blocks * kBlock;
@@ -35,7 +40,7 @@ inline void block_product(const Matrix& a, const float* factors, bool in_quads, 
     for (int64_t m0 = 0; m0 < M; m0 += rows_at_once) {
         const int64_t here = smaller(rows_at_once, M - m0);
         outlier_side.prepare({a, {}}, m0, here, side);
-        round_rows(a, m0, here, factors, in_quads, rounded);
+        round_rows(a, m0, here, weight.factors(), Operand::kInQuads, rounded);
         const int64_t row_blocks = ceil_div(here, kBlockRows), rows_a_task = ceil_div(here, row_blocks);
         parallel_for(row_blocks * panels, (rows_a_task + 6) * depth * kPanelColumns / 48, [&](int64_t task, int64_t task_end) {
             char* const panel = static_cast<char*>(thread_scratch(kBlockTaskBytes));
@@ -44,12 +49,12 @@ inline void block_product(const Matrix& a, const float* factors, bool in_quads, 
             for (; task < task_end; ++task) {
                 const int64_t block = task / panels * rows_a_task, column = task % panels * kPanelColumns;
                 const int64_t rows = smaller(rows_a_task, here - block), width = smaller<int64_t>(kPanelColumns, columns - column);
-                const bool is_few = here == M && few(column, M, rounded, sums);
+                const bool is_few = here == M && weight.few(column, M, rounded, sums);
                 if (!is_few) std::memset(sums, 0, static_cast<size_t>(rows * kPanelColumns) * sizeof(float));
                 for (int64_t k = 0; !is_few && k < depth;) {
-                    const int64_t end = smaller(smaller(depth, (k / kBlock + 1) * kBlock), segment_end(k)), quad = k / kQuad * kQuad;
+                    const int64_t end = smaller(smaller(depth, (k / kBlock + 1) * kBlock), weight.segment_end(k)), quad = k / kQuad * kQuad;
                     alignas(64) float segment_scales[kPanelColumns];
-                    const bool has_scales = build(column, k, end, panel, segment_scales);
+                    const bool has_scales = weight.panel(column, k, end, panel, segment_scales);
                     const float* const row_steps = rounded.steps + block * blocks + k / kBlock;
                     const char* const from = reinterpret_cast<const char*>(rounded.values + block * stride + quad);
                     const int64_t count = ceil_div(end - quad, kQuad) * 2;
@@ -66,7 +71,7 @@ inline void block_product(const Matrix& a, const float* factors, bool in_quads, 
                     k = end;
                 }
                 alignas(64) float scales[kPanelColumns];
-                if (scale_columns(column, scales))
+                if (weight.column_scales(column, scales))
                     for (int64_t i = 0; i < rows; ++i)
                         for (int64_t c = 0; c < kPanelColumns; c += kLanes)
                             store(sums + i * kPanelColumns + c, load(sums + i * kPanelColumns + c) * load(scales + c));

@@ -27,21 +27,28 @@ inline void linear_dx_float(const Matrix& grad_y, const Weight& weight, const Ou
     });
 }
 
+// W^T as block_product takes it.
+struct BackwardBlocks {
+    static constexpr bool kInQuads = false;
+    const Weight& weight;
+
+    int64_t columns() const { return weight.K; }
+    const float* factors() const { return weight.scale_rows == 1 ? nullptr : weight.scale; }
+    int64_t segment_end(int64_t) const { return weight.N; }
+    bool panel(int64_t k, int64_t n_begin, int64_t n_end, char* words, float*) const {
+        transposed_word_panel(weight, n_begin, n_end, k, words);
+        return false;
+    }
+    bool column_scales(int64_t, float* scales) const {
+        for (int64_t c = 0; c < kPanelColumns; ++c) scales[c] = weight.scale[0];
+        return weight.scale_rows == 1;
+    }
+    bool few(int64_t, int64_t, const BlockRows&, float*) const { return false; }
+};
+
 inline void linear_dx(Matrix grad_y, Weight weight, Outliers outliers, bool in_float32, MutableMatrix grad_x, Stream) {
     if (in_float32 || weight.G > 1) return linear_dx_float(grad_y, weight, outliers, grad_x);
-    const OutlierSide outlier_side(outliers, false, weight.N, weight.K);
-    block_product(
-        grad_y, weight.scale_rows == 1 ? nullptr : weight.scale, false, weight.K, outlier_side, outliers.r, nullptr, grad_x,
-        [&](int64_t k, int64_t n_begin, int64_t n_end, char* panel, float*) {
-            transposed_word_panel(weight, n_begin, n_end, k, panel);
-            return false;
-        },
-        [&](int64_t) { return weight.N; },
-        [&](int64_t, float* scales) {
-            for (int64_t c = 0; c < kPanelColumns; ++c) scales[c] = weight.scale[0];
-            return weight.scale_rows == 1;
-        },
-        [](int64_t, int64_t, const BlockRows&, float*) { return false; });
+    block_product(grad_y, BackwardBlocks{weight}, OutlierSide(outliers, false, weight.N, weight.K), nullptr, grad_x);
 }
 
 }  // namespace prequant::PREQUANT_LEVEL

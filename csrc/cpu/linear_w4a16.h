@@ -26,29 +26,35 @@ inline void linear_w4a16_float(const Matrix& x, const Weight& weight, const Outl
     });
 }
 
+// W as block_product takes it.
+struct ForwardBlocks {
+    static constexpr bool kInQuads = true;
+    const Weight& weight;
+
+    int64_t columns() const { return weight.N; }
+    const float* factors() const { return nullptr; }
+    int64_t segment_end(int64_t k) const { return (k / (weight.K / weight.G) + 1) * (weight.K / weight.G); }
+    bool panel(int64_t n, int64_t k_begin, int64_t k_end, char* words, float* scales) const {
+        word_panel(weight, n, k_begin, k_end, words);
+        if (weight.G > 1) PREQUANT_LEVEL::column_scales(weight, n, k_begin, scales);
+        return weight.G > 1;
+    }
+    bool column_scales(int64_t n, float* scales) const {
+        if (weight.G == 1) PREQUANT_LEVEL::column_scales(weight, n, 0, scales);
+        return weight.G == 1;
+    }
+    bool few([[maybe_unused]] int64_t n, int64_t rows, [[maybe_unused]] const BlockRows& rounded, [[maybe_unused]] float* sums) const {
+        if (!kHasBytes || !suits_few_tokens(rows, weight)) return false;
+#if PREQUANT_AVX512 || PREQUANT_AVX2
+        multiply_few_blocks(rounded, rows, weight, n, sums);
+#endif
+        return true;
+    }
+};
+
 inline void linear_w4a16(Matrix x, Weight weight, Outliers outliers, const float* bias, bool in_float32, MutableMatrix y, Stream) {
     if (in_float32) return linear_w4a16_float(x, weight, outliers, bias, y);
-    const OutlierSide outlier_side(outliers, true, weight.K, weight.N);
-    const int64_t size = weight.K / weight.G;
-    block_product(
-        x, nullptr, true, weight.N, outlier_side, outliers.r, bias, y,
-        [&](int64_t n, int64_t k_begin, int64_t k_end, char* panel, float* scales) {
-            word_panel(weight, n, k_begin, k_end, panel);
-            if (weight.G > 1) column_scales(weight, n, k_begin, scales);
-            return weight.G > 1;
-        },
-        [&](int64_t k) { return (k / size + 1) * size; },
-        [&](int64_t n, float* scales) {
-            if (weight.G == 1) column_scales(weight, n, 0, scales);
-            return weight.G == 1;
-        },
-        [&]([[maybe_unused]] int64_t n, int64_t rows, [[maybe_unused]] const BlockRows& rounded, [[maybe_unused]] float* sums) {
-            if (!kHasBytes || !suits_few_tokens(rows, weight)) return false;
-#if PREQUANT_AVX512 || PREQUANT_AVX2
-            multiply_few_blocks(rounded, rows, weight, n, sums);
-#endif
-            return true;
-        });
+    block_product(x, ForwardBlocks{weight}, OutlierSide(outliers, true, weight.K, weight.N), bias, y);
 }
 
 }  // namespace prequant::PREQUANT_LEVEL

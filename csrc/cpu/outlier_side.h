@@ -21,6 +21,7 @@ class OutlierSide {
     OutlierSide(const Outliers& outliers, bool is_forward, int64_t depth, int64_t columns)
         : outliers_(outliers), is_forward_(is_forward), is_spread_((outliers.axis == 1) == is_forward), depth_(depth), columns_(columns) {}
 
+    int64_t r() const { return outliers_.r; }
     // Of the side for so many rows, and (below) of scratch for `add`.
     int64_t side_bytes(int64_t rows) const { return rows * outliers_.r * static_cast<int64_t>(sizeof(float)); }
     static constexpr int64_t kScratchBytes = kSpreadDepth * kPanelColumns * static_cast<int64_t>(sizeof(float));
