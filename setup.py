@@ -150,5 +150,13 @@ class BuildExtension(cpp_extension.BuildExtension):
         self.build_temp = str(ROOT / "build" / "objects")
         self.force = True  # setuptools compares dates alone: a changed PREQUANT_CUDA would leave the old library
 
+    def build_extensions(self) -> None:
+        # Beside a CPU build of torch, its ninja file does not ask nvcc which headers an object was made from.
+        newest = max(os.path.getmtime(ROOT / header) for header in _sources("csrc/*.h", "csrc/cuda/*.h", "csrc/cuda/*.cuh"))
+        for made in (ROOT / "build" / "objects" / "csrc" / "cuda").glob("*.o"):
+            if made.stat().st_mtime < newest:
+                made.unlink()
+        super().build_extensions()
+
 
 setup(ext_modules=[_extension()], cmdclass={"build_ext": BuildExtension}, options={"bdist_wheel": {"py_limited_api": "cp310"}})
