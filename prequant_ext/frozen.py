@@ -38,6 +38,10 @@ class FrozenWeight(nn.Module):
         """weight_packed in the layout of the disk."""
         return self.weight_packed.detach()
 
+    def stored_bytes(self) -> int:
+        """Bytes of its tensors as a checkpoint holds them, whatever layout of weight_packed the kernels of its device read."""
+        return sum(parameter.nbytes for parameter in self.parameters())
+
     @property
     def weight(self) -> Tensor:
         """A stand-in with the weight's shape, dtype and device, one NaN in memory: code that looks at it is served, code that reads it sees NaN."""

@@ -135,6 +135,10 @@ class PreQuantLinear(FrozenWeight):
         packed = self.weight_packed.detach()
         return ops.unprepack(packed, self.out_features, self.in_features, self.bits) if self.is_prepacked else packed
 
+    def stored_bytes(self) -> int:
+        row_bytes = (self.in_features * ops.container_bits(self.bits) + 7) // 8
+        return super().stored_bytes() - self.weight_packed.nbytes + self.out_features * row_bytes
+
     @torch.no_grad()
     def prepack_(self) -> "PreQuantLinear":
         """Put weight_packed into the layout that the kernels of its device read, if they read one of their own. Lossless; done once, not per call."""

@@ -67,6 +67,8 @@ def _plan_row(site: Site, layer: nn.Module) -> PlanRow:
 
 
 def _bytes(module: nn.Module) -> int:
+    if isinstance(module, FrozenWeight):
+        return module.stored_bytes()
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
