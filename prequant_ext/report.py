@@ -17,7 +17,7 @@ class PlanRow:
     """One module of a plan.
 
     shape (N, K) of a matrix, (V, D) of an embedding · axis "input", "output", or None for an embedding · outlier_slices: r of a matrix
-    · trainable: number of outlier weights (or scales) to train · bytes of the module once quantized, bias included
+    · trainable: number of outlier weights (or scales) to train · bytes of the module once quantized, as a checkpoint holds it, bias included
     """
 
     name: str
@@ -46,7 +46,7 @@ class Report:
     rows          one a quantized module
     uncovered     the weights that stayed float, with the reason
     total_weights of the model, every parameter counted once
-    bytes_before, bytes_after  of the model's parameters
+    bytes_before, bytes_after  of the model's parameters, as a checkpoint holds them
     """
 
     titles: ClassVar = ("module", "shape", "axis", "bits", "r", "outliers", "L2 error", "kB before", "kB after")
