@@ -136,6 +136,14 @@ def test_no_accumulator_of_4_bit_codes_overflows(K, w_code, x_code, M):
     assert_identical(y, torch.full((M, 3), product, dtype=torch.float64).float() * 2.0**-18)
 
 
+def test_few_tokens_too_long_to_be_copied_at_once():
+    """On the CPU rows off whole words are copied a MiB at a time: 7 of these 8."""
+    layer = Layer(8, 140_001, 3, r=0)
+    x, activations, rest = operands(layer, "cpu")
+    rest = (*rest[:5], None, *rest[6:])
+    assert_identical(ops.linear_w4a8(x, *activations, *rest), reference.linear_w4a8(x, *activations, *rest))
+
+
 @pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("raw_outliers", [False, True])
 @pytest.mark.parametrize("layer", [Layer(3, 130, 50), Layer(20, 256, 64, blocks="group"), Layer(6, 64, 40, dtype=BF16)], ids=str)

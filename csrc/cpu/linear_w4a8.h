@@ -165,12 +165,12 @@ inline void linear_w4a8(Activations x, const Matrix* raw, Weight weight, Outlier
     const ActivationRows source{raw ? *raw : Matrix{nullptr, Dtype::float32, 0, 0}, x};
     const OutlierSide outlier_side(outliers, true, K, N);
     const bool has_bytes = kHasBytes && weight.container != 8 && K / weight.G <= kBytesDepth && are_whole_words(weight, 0, K / weight.G);
-    [[maybe_unused]] const bool is_few = has_bytes && suits_few_tokens(M, weight);
 
     // Rows of x are taken as many at a time as keep what stands beside the product small: the outliers' side, and the activations where they are copied.
     const bool is_copied = !has_bytes || K % word_codes(weight.container) != 0;  // whole words are read
     const int64_t stride = ceil_div(K, 16) * 16, copied_bytes = is_copied ? stride * (has_bytes ? 1 : 2) : 0;
     const int64_t rows_at_once = smaller(M, larger<int64_t>(1, (int64_t{1} << 20) / larger<int64_t>(1, copied_bytes + 4 * r)));
+    [[maybe_unused]] const bool is_few = has_bytes && rows_at_once == M && suits_few_tokens(M, weight);
     const Buffer side_buffer(outlier_side.side_bytes(rows_at_once)), copy_buffer(rows_at_once * copied_bytes);
     float* const side = static_cast<float*>(side_buffer.data());
     const int64_t panels = ceil_div(N, kPanelColumns);
