@@ -72,8 +72,8 @@ struct Kernels {
     // Operators convert.
     bool linear_reads_prepacked;
     bool scale_grad_reads_prepacked;
-    // Whether a product of M tokens is better made by dequantizing the weight once and calling torch's matrix product; null: never.
-    bool (*prefers_dense)(int64_t M, const Weight& weight, Dtype dtype);
+    // Whether linear_w4a16, or linear_dx, of M tokens is better made by dequantizing the weight once and calling torch's matrix product; null: never.
+    bool (*prefers_dense)(int64_t M, const Weight& weight, Dtype dtype, bool is_backward);
 
     void (*weight_stats)(Matrix weight, int64_t block_size, double* mean, double* std, double* minimum, double* maximum, Stream);
     void (*outlier_counts)(Matrix weight, const double* mean, const double* std, double threshold, int64_t* column_counts, int64_t* column_energy,

@@ -79,8 +79,9 @@ static Tensor dense_weight(Device& device, const Tensor& like, const Weight& wei
     return dense;
 }
 
-static bool prefers_dense(const Device& device, int64_t M, const Weight& weight, ScalarType dtype) {
-    return device.kernels() != nullptr && device.kernels()->prefers_dense != nullptr && device.kernels()->prefers_dense(M, weight, check_float(dtype, "x"));
+static bool prefers_dense(const Device& device, int64_t M, const Weight& weight, ScalarType dtype, bool is_backward) {
+    const auto choose = device.kernels() == nullptr ? nullptr : device.kernels()->prefers_dense;
+    return choose != nullptr && choose(M, weight, check_float(dtype, "x"), is_backward);
 }
 
 static bool reads_prepacked(const Device& device) { return device.kernels() != nullptr && device.kernels()->linear_reads_prepacked; }
@@ -107,7 +108,7 @@ Tensor linear_w4a16(const Tensor& x, const Tensor& weight_packed, const Tensor& 
     check_layer_device(x, "x", weight_packed, outlier_dims, outlier_weight);
     Device device(x);
     const auto kernel = device.require(&Kernels::linear_w4a16, "linear_w4a16");
-    if (prefers_dense(device, view.rows, weight.view(), x.scalar_type()))
+    if (prefers_dense(device, view.rows, weight.view(), x.scalar_type(), false))
         return dense_linear(x_, dense_weight(device, x, weight.view(), outliers.view(), x.scalar_type()), bias);
     Tensor y = empty_on(x, {view.rows, N}, x.scalar_type());
     kernel(view, in_layout(device, weight.view(), reads_prepacked(device)), outliers.view(), bias_.data(), in_float32 && view.dtype == Dtype::float32,
@@ -192,7 +193,7 @@ Tensor linear_dx(const Tensor& grad_y, const Tensor& weight_packed, const Tensor
     const Tensor grad_ = row_major(grad_y);
     Device device(grad_y);
     const auto kernel = device.require(&Kernels::linear_dx, "linear_dx");
-    if (prefers_dense(device, grad_y.size(0), weight.view(), grad_y.scalar_type()))
+    if (prefers_dense(device, grad_y.size(0), weight.view(), grad_y.scalar_type(), true))
         return torch::stable::matmul(grad_, dense_weight(device, grad_y, weight.view(), outliers.view(), grad_y.scalar_type()));
     Tensor grad_x = empty_on(grad_y, {grad_y.size(0), K}, grad_y.scalar_type());
     const Matrix view = matrix(grad_, "grad_y");

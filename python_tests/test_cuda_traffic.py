@@ -42,7 +42,7 @@ def traced_library():
     return emulated.load("traced")
 
 
-def run(operator: str, M: int, N: int, K: int, r: int = OUTLIERS) -> Trace:
+def run(operator: str, M: int, N: int, K: int, r: int = OUTLIERS, dtype: torch.dtype = torch.float16) -> Trace:
     """One call with one scale, r outlier columns and a bias."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (N, K), generator=generator, dtype=torch.uint8)
@@ -51,11 +51,11 @@ def run(operator: str, M: int, N: int, K: int, r: int = OUTLIERS) -> Trace:
     dims, values = aligned(torch.randperm(K, generator=generator)[:r].sort().values), aligned(torch.randn(N, r, generator=generator))
     layer = {"weight": weight, "scale": scale, "zero_point": zero_point, "dims": dims, "values": values}
     if operator == "linear_dx":
-        grad_y = aligned(torch.randn(M, N, generator=generator).half())
+        grad_y = aligned(torch.randn(M, N, generator=generator).to(dtype))
         with trace(grad_y=grad_y, **layer) as traced:
             traced.ops.linear_dx(grad_y, *layer.values(), K, 4, 1)
         return traced
-    x, bias = aligned(torch.randn(M, K, generator=generator).half()), aligned(torch.randn(N, generator=generator))
+    x, bias = aligned(torch.randn(M, K, generator=generator).to(dtype)), aligned(torch.randn(N, generator=generator))
     if operator == "linear_w4a16":
         with trace(x=x, **layer, bias=bias) as traced:
             traced.ops.linear_w4a16(x, *layer.values(), bias, 4, 1, N)
@@ -97,6 +97,20 @@ def test_traffic_is_ideal(operator, shape, M, traced_library):
     # Besides weight and x: scales and zero points, the outliers' columns and the bias, which do not grow with K.
     bytes_read, besides = main.ideal_sectors_read * 32, main.blocks * 32768 + gathered * 32
     assert predicted.bytes_read <= bytes_read <= predicted.bytes_read * 1.02 + besides, f"{bytes_read} bytes read, not {predicted.bytes_read}"
+
+
+@pytest.mark.parametrize("M", [1, 3], ids="M = {}".format)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_traffic_without_tensor_cores_is_ideal(shape, M, traced_library):
+    traced = run("linear_w4a16", M, *cropped(shape, 1), dtype=torch.float32)
+    assert list(traced.kernels) == ["simt_kernel", "finish_kernel"] and not traced.findings, traced.table()
+    sectors = sum(kernel.sectors_read + kernel.sectors_written for kernel in traced.kernels.values())
+    ideal = sum(kernel.ideal_sectors_read + kernel.ideal_sectors_written for kernel in traced.kernels.values())
+    gathered = M * OUTLIERS * traced.kernels["finish_kernel"].blocks
+    assert sectors <= SECTORS * ideal + gathered, f"{sectors} sectors, {ideal} needed\n{traced.table()}"
+    assert [kernel.bank_conflicts for kernel in traced.kernels.values()] == [0, 0], traced.table()
+    weight = traced.buffers["weight"]
+    assert weight.read_sectors * 32 == weight.bytes
 
 
 @pytest.mark.parametrize("architecture", [75, 80, 86, 90])
@@ -146,4 +160,4 @@ def test_budgets_state_what_is_launched(traced_library, monkeypatch):
                 # Of the emulator: A100.
                 assert launch["shared_bytes"] <= max(budget.dynamic_shared[80] + budget.shared[80] for budget in of_kernel) + ALIGNED_STATICS, launch
                 launched.add(launch["kernel"])
-    assert {"gemv_kernel", "linear_w4a16_kernel", "linear_dx_kernel", "linear_w4a8_tiles_kernel"} <= launched
+    assert {"gemv_kernel", "simt_kernel", "linear_w4a16_kernel", "linear_dx_kernel", "linear_w4a8_tiles_kernel"} <= launched

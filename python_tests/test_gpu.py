@@ -12,9 +12,10 @@ from torch import Tensor
 
 from prequant_ext import doctor, ops, reference
 
-# Each is here for a regime of the dispatch: SIMT, one tensor-core tile, several, dense; ragged M, N and K; each granularity and axis.
+# Each is here for a regime of the dispatch: few tokens, SIMT, one tensor-core tile, several, dense; ragged M, N and K; each granularity and axis.
 LAYERS = {
     "one token": Layer(1, 192, 96, dtype=F16),
+    "few tokens of float32": Layer(3, 200, 72, blocks="row"),
     "few tokens, output axis": Layer(5, 256, 128, axis=0, blocks="row", dtype=F16),
     "a tile, groups": Layer(33, 256, 144, blocks="group", dtype=F16),
     "ragged": Layer(65, 1037, 131, r=17, dtype=F16),

@@ -33,6 +33,16 @@ LARGE = {
     "large weight, tiles of 64 tokens": Layer(20, 512, 2056, blocks="row", dtype=F16),
     "513 tokens go the dense way": Layer(513, 64, 24, dtype=F16),
 }
+# At most 3 tokens of what tensor cores do not multiply: float32, and 16-bit floats whose groups end inside a chunk (bfloat16 on sm_75: below).
+SIMT = covering((F32,), M=(1, 2, 3), K=(24, 65, 128, 320), N=(8, 17, 33)) | {
+    "simt, 3 tokens, columns in slabs": Layer(3, 4160, 17),
+    "simt, one token, reduction cut in parts": Layer(1, 4616, 40, axis=0, blocks="row"),
+    "simt, groups of 8": Layer(1, 72, 24, blocks="group", group_size=8, dtype=F16),
+    "simt, groups of 32": Layer(2, 2144, 19, r=17, blocks="group", group_size=32, dtype=BF16),
+    "simt, groups of 96, 8 bits": Layer(3, 192, 31, axis=0, blocks="group", group_size=96, bits=8, dtype=F16),
+    "simt, groups of 40, 2 bits": Layer(3, 200, 16, blocks="group", group_size=40, bits=2),
+    "groups of 12 go the dense way": Layer(2, 72, 24, blocks="group", group_size=12, dtype=F16),
+}
 
 
 def operands(layer: Layer, device: str):
@@ -66,7 +76,16 @@ def test_large_layers(layer, device):
     test_as_accurate_as_torch(layer, device)
 
 
-BLOCKS = covering((F32,), M=(1, 2, 5, 9, 40))
+@pytest.mark.parametrize("layer", SIMT.values(), ids=SIMT.keys())
+def test_few_tokens_without_tensor_cores(layer, device):
+    test_as_accurate_as_torch(layer, device)
+
+
+BLOCKS = covering((F32,), M=(1, 2, 5, 9, 40)) | {
+    "groups of a block, few tokens": Layer(3, 512, 40, blocks="group", group_size=128),
+    "groups of two blocks, few tokens, 2 bits": Layer(8, 768, 33, blocks="group", group_size=256, bits=2),
+    "groups of a block, one token, 8 bits": Layer(1, 256, 70, axis=0, blocks="group", group_size=128, bits=8),
+}
 
 
 @pytest.mark.parametrize("layer", BLOCKS.values(), ids=BLOCKS.keys())
@@ -109,9 +128,9 @@ def test_blocks_of_any_value(value, M):
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
-@pytest.mark.parametrize("M", [7, 12, 70])
+@pytest.mark.parametrize("M", [2, 7, 12, 70])
 def test_on_a_gpu_without_cp_async(M, dtype, device, monkeypatch):
-    """sm_75: a ring of two slots, and bfloat16 goes the dense way."""
+    """sm_75: a ring of two slots, and bfloat16 goes without tensor cores."""
     monkeypatch.setenv("PREQUANT_EMULATED_SM", "75")
     test_as_accurate_as_torch(Layer(M, 328, 136, dtype=dtype), device)
 
@@ -125,7 +144,7 @@ def test_misaligned_x(M, device):
     assert_identical(ops.linear_w4a16(shifted, *rest), ops.linear_w4a16(x, *rest))
 
 
-@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("M", [1, 16, 64])
 def test_zeroed_codes_contribute_nothing(M, dtype, device):
     """A code equal to its zero point is exactly 0, whatever it meets."""

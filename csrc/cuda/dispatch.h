@@ -43,6 +43,7 @@ inline Gpu current_gpu() {
 }
 
 enum class Regime {
+    simt,    // simt.cuh: plain arithmetic, for what tensor cores do not multiply
     vector,  // gemv.cuh: W streams through registers, tokens are the 8 columns of an mma
     slim,    // tiles of 16 tokens
     wide,    // tiles of 64 tokens
@@ -88,14 +89,27 @@ constexpr Split split_reduction(int64_t tiles, int64_t steps, int64_t blocks) {
     return {static_cast<int>(std::max<int64_t>(ceil_div(steps, each), 1)), static_cast<int>(each)};
 }
 
-// linear_w4a16 and linear_dx read chunks of 64 columns that share a scale, and multiply 16-bit floats on tensor cores. What does not fit
-// goes the dense way.
-inline bool prefers_dense(int64_t M, const Weight& weight, Dtype dtype) {
-    if (dtype == Dtype::float32) return true;                                                   // tensor cores would round it to 11 bits
-    if (weight.G > 1 && weight.K / weight.G % kChunkColumns != 0) return true;                  // two scales in a chunk
-    const Gpu gpu = current_gpu();
-    if (dtype == Dtype::bfloat16 && gpu.sm < 80) return true;                                   // no bfloat16 before sm_80
-    return M > 0 && regime_of(M, weight.N * weight.K, gpu.sm) == Regime::dense;
+// The tensor-core kernels of linear_w4a16 and linear_dx multiply 16-bit floats by chunks of 64 columns that share a scale.
+inline bool takes_tensor_cores(const Weight& weight, Dtype dtype, int sm) {
+    if (dtype == Dtype::float32) return false;                            // they would round it to 11 bits
+    if (dtype == Dtype::bfloat16 && sm < 80) return false;                // no bfloat16 before sm_80
+    return weight.G == 1 || weight.K / weight.G % kChunkColumns == 0;     // else two scales in a chunk
+}
+
+// Plain arithmetic takes about four instructions for a code and one more for each token: up to 3 tokens that is worth it.
+constexpr int64_t kSimtTokens = 3, kSimtGroup = 8;  // a lane has two columns of every 8, which must share a scale
+
+inline Regime forward_regime(int64_t M, const Weight& weight, Dtype dtype, int sm) {
+    if (takes_tensor_cores(weight, dtype, sm)) return regime_of(M, weight.N * weight.K, sm);
+    return M <= kSimtTokens && (weight.G == 1 || weight.K / weight.G % kSimtGroup == 0) ? Regime::simt : Regime::dense;
+}
+
+inline Regime backward_regime(int64_t M, const Weight& weight, Dtype dtype, int sm) {
+    return takes_tensor_cores(weight, dtype, sm) ? regime_of(M, weight.N * weight.K, sm) : Regime::dense;
+}
+
+inline bool prefers_dense(int64_t M, const Weight& weight, Dtype dtype, bool is_backward) {
+    return M > 0 && (is_backward ? backward_regime : forward_regime)(M, weight, dtype, current_gpu().sm) == Regime::dense;
 }
 
 }  // namespace prequant::cuda

@@ -7,13 +7,15 @@
 //       16 .. 31       [ chunk   |  chunk   ]  warp 1         y tile (16 m x 8 n) += x (16 m x 16 k) W^T (16 k x 8 n)
 //          ...
 //
-// Requires   prepacked weights; one scale a chunk: groups are multiples of 64. x of any shape: where its rows do not lie on 16 bytes, a copy does.
-// Sums in    float32, in mma order. A scale multiplies its sum in float32: a tensor's or a row's at the end, a group's where the group
+// Requires   prepacked weights; one scale a chunk: groups are multiples of 64, but for at most 3 tokens (simt.cuh). x of any shape: where its rows do not lie
+// on 16 bytes, a copy does. Sums in    float32, in mma order. A scale multiplies its sum in float32: a tensor's or a row's at the end, a group's where the
+// group
 //            ends. Outliers of axis 1 are steps of mma into the scaled sum; the rounding to T is last. A cut reduction adds its parts in order.
 // Limited by reading the codes, once for each tile of rows (M <= 64); above, by the tensor cores.
 #include "cuda.h"
 #include "dispatch.h"
 #include "gemv.cuh"
+#include "simt.cuh"
 #include "tile.cuh"
 
 namespace prequant::cuda {
@@ -127,8 +129,7 @@ void launch_tiles(Product p, const Gpu& gpu, MutableMatrix y, Stream stream) {
 }
 
 template <typename T>
-void linear(const Product& p, MutableMatrix y, Stream stream) {
-    const Gpu gpu = current_gpu();
+void linear(const Product& p, const Gpu& gpu, MutableMatrix y, Stream stream) {
     const int container = p.weight.container;
     Regime regime = regime_of(p.M, p.weight.N * p.weight.K, gpu.sm);
     if (regime == Regime::vector && container == 4) return launch_gemv<T>(p, gpu, stream);
@@ -143,17 +144,22 @@ void linear(const Product& p, MutableMatrix y, Stream stream) {
 
 void linear_w4a16(Matrix x, Weight weight, Outliers outliers, const float* bias, bool, MutableMatrix y, Stream stream) {
     if (x.rows == 0 || weight.N == 0) return;
+    float* side = nullptr;  // what outliers of axis 0 add
+    if (outliers.axis == 0 && outliers.r > 0) {
+        side = static_cast<float*>(stream.scratch(x.rows * outliers.r * 4));
+        outlier_side({.floats = x}, outliers, side, stream);
+    }
+    const Gpu gpu = current_gpu();
+    if (forward_regime(x.rows, weight, x.dtype, gpu.sm) == Regime::simt) return linear_simt(x, weight, outliers, side, bias, y, gpu, stream);
+
     Product p = product_of(x, weight, y, stream);
     p.bias = bias;
     p.dims = outliers.dims;
-    if (outliers.axis == 1) {
+    if (outliers.axis == 1)
         p.values = outliers.values, p.gathered = outliers.r, p.along_column = outliers.r, p.along_outlier = 1;
-    } else if (outliers.r > 0) {
-        float* side = static_cast<float*>(stream.scratch(x.rows * outliers.r * 4));
-        outlier_side({.floats = x}, outliers, side, stream);
+    else
         p.side = side, p.side_columns = outliers.r;
-    }
-    x.dtype == Dtype::float16 ? linear<__half>(p, y, stream) : linear<__nv_bfloat16>(p, y, stream);
+    x.dtype == Dtype::float16 ? linear<__half>(p, gpu, y, stream) : linear<__nv_bfloat16>(p, gpu, y, stream);
 }
 
 }  // namespace prequant::cuda
