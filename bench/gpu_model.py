@@ -366,7 +366,7 @@ def sass() -> dict[int, dict[str, cubins.Kernel]]:
     """Kernels by architecture and name."""
     sources = [source for source in cubins.SOURCES if source.stem.startswith("linear_")]
     found: dict[int, dict[str, cubins.Kernel]] = {}
-    for cubin in cubins.compile_cubins(sources, tuple(sorted({gpu.architecture for gpu in GPUS}))):
+    for cubin in cubins.all_cubins(sources, tuple(sorted({gpu.architecture for gpu in GPUS}))):
         found.setdefault(cubin.architecture, {}).update({kernel.name: kernel for kernel in cubin.kernels})
     return found
 

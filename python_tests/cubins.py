@@ -1,8 +1,9 @@
-"""What nvcc makes of CUDA sources: one cubin a file and architecture under build/gate, read back as registers, shared memory and SASS.
+"""What nvcc makes of CUDA sources: one cubin a file and architecture, read back as registers, shared memory and SASS.
 
-A cubin is compiled again only when its source, a header of ours that it includes, or the command changes; one process compiles at a time.
+The cubins of the built library are taken as they are in it. An architecture that it was not built for, or a library older than the sources, costs
+compiling: under build/gate, and again only when the source, a header of ours that it includes, or the command changes; one process at a time.
 
-    python python_tests/cubins.py              compile what has changed, and say what it took
+    python python_tests/cubins.py              get them all, and say where they come from and what it took
     python python_tests/cubins.py --budgets    and rewrite csrc/cuda/budgets.toml from what was measured
 """
 
@@ -24,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+LIBRARY = ROOT / "prequant_ext" / "_C.abi3.so"
 FOLDER = ROOT / "build" / "gate"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 TOOLS = "nvidia-cuda-cuobjdump==13.2.78 nvidia-cuda-nvdisasm==13.2.78"
@@ -85,6 +87,51 @@ def find_tool(name: str) -> str:
     raise MissingToolError(f"{name} is not installed: pip install --no-deps {TOOLS}")
 
 
+def all_cubins(sources: list[Path] = SOURCES, architectures: tuple[int, ...] = ARCHITECTURES) -> list[Cubin]:
+    """Of the built library as far as it has them, else compiled for this. Raises what compile_cubins raises."""
+    names = {source.name for source in sources}
+    found = [cubin for cubin in library_cubins() if cubin.source in names and cubin.architecture in architectures]
+    missing = tuple(sorted(set(architectures) - {cubin.architecture for cubin in found}))
+    return _in_order(found + (compile_cubins(sources, missing) if missing else []))
+
+
+def library_cubins(library: Path = LIBRARY, folder: Path = FOLDER / "library") -> list[Cubin]:
+    """Every cubin of the library that was made from SOURCES; none where there is no library, or a file of csrc/ that it was made from is newer."""
+    made_from = [path for pattern in ("*.h", "cuda/*.cu", "cuda/*.cuh", "cuda/*.h") for path in (ROOT / "csrc").glob(pattern)]
+    if not library.exists() or library.stat().st_mtime < max(path.stat().st_mtime for path in made_from):
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / "lock"):
+        digest, record_path = hashlib.sha256(library.read_bytes()).hexdigest(), folder / "record.json"
+        record = json.loads(record_path.read_text()) if record_path.exists() else {}
+        if (record.get("library"), record.get("reader")) != (digest, _reader()):
+            for old in folder.glob("*.cubin"):
+                old.unlink()
+            done = subprocess.run([find_tool("cuobjdump"), "-xelf", "all", str(library)], cwd=folder, capture_output=True, text=True)
+            # The library's own files alone: CUDA's runtime, which is linked in, has kernels too. cuobjdump fails where there is nothing at all.
+            paths = sorted(path for path in folder.glob("*.sm_*.cubin") if f"{path.name.split('.')[0]}.cu" in {source.name for source in SOURCES})
+            if done.returncode != 0 and paths:
+                raise RuntimeError(f"cuobjdump could not read {library.name}: {done.stderr}")
+            with _pool() as pool:
+                kernels = [[asdict(kernel) for kernel in found] for found in pool.map(read_cubin, paths)]
+            record = {"library": digest, "reader": _reader(), "cubins": dict(zip((path.stem for path in paths), kernels, strict=True))}
+            record_path.write_text(json.dumps(record))
+    return _in_order(
+        [
+            Cubin(f"{name.split('.')[0]}.cu", int(name.rsplit("sm_", 1)[1]), "", [Kernel(**kernel) for kernel in kernels])
+            for name, kernels in record["cubins"].items()
+        ]
+    )
+
+
+def _in_order(cubins: list[Cubin]) -> list[Cubin]:
+    return sorted(cubins, key=lambda cubin: (cubin.source, cubin.architecture))
+
+
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count())
+
+
 def compile_cubins(sources: list[Path] = SOURCES, architectures: tuple[int, ...] = ARCHITECTURES, folder: Path = FOLDER) -> list[Cubin]:
     """Every source for every architecture. Raises RuntimeError with nvcc's words where one does not compile."""
     nvcc = find_nvcc()
@@ -101,9 +148,9 @@ def compile_cubins(sources: list[Path] = SOURCES, architectures: tuple[int, ...]
         jobs = [(source, architecture) for source in sources for architecture in architectures]
         # The longest first, so that no processor waits for one long file at the end.
         jobs.sort(key=lambda job: -_last_seconds(folder, *job))
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count()) as pool:
+        with _pool() as pool:
             done = list(pool.map(lambda job: _cubin(nvcc, version, folder, *job), jobs))
-    return sorted(done, key=lambda cubin: (cubin.source, cubin.architecture))
+    return _in_order(done)
 
 
 @contextmanager
@@ -266,11 +313,14 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.monotonic()
     try:
-        cubins = compile_cubins()
+        of_library, cubins = library_cubins(), all_cubins()
     except (MissingToolError, RuntimeError) as error:
         raise SystemExit(str(error)) from None
     kernels = sum(len(cubin.kernels) for cubin in cubins)
-    print(f"{len(SOURCES)} files for {len(ARCHITECTURES)} architectures: {len(cubins)} cubins with {kernels} kernels in {time.monotonic() - start:.0f} s")
+    print(
+        f"{len(SOURCES)} files for {len(ARCHITECTURES)} architectures: {len(cubins)} cubins with {kernels} kernels in {time.monotonic() - start:.0f} s, "
+        f"{len(of_library)} of them of the built library"
+    )
     if arguments.budgets:
         from budgets import write_budgets
 

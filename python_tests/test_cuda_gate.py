@@ -1,6 +1,6 @@
 """What nvcc makes of the CUDA kernels for every architecture: resources within csrc/cuda/budgets.toml, and the instructions that their speed hangs on.
 
-Compiling takes minutes the first time; python_tests/cubins.py keeps what it compiled. Needs nvcc, not a GPU.
+Read from the built library; what that lacks is compiled, which takes minutes the first time (python_tests/cubins.py). Needs nvcc, not a GPU.
 """
 
 import re
@@ -11,6 +11,8 @@ import cubins as gate
 import pytest
 from budgets import MULTIPROCESSORS, blocks_per_multiprocessor, find_budget, read_budgets
 from cubins import ARCHITECTURES, ROOT, SOURCES, Cubin, Kernel
+
+from prequant_ext import doctor
 
 FILES = [*SOURCES, *sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))]  # kernels that several sources launch stand in headers
 pytestmark = [pytest.mark.gate, pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -23,7 +25,7 @@ def cubins() -> list[Cubin]:
     if gate.find_nvcc() is None:
         pytest.skip("nvcc is not installed")
     try:
-        return gate.compile_cubins()
+        return gate.all_cubins()
     except gate.MissingToolError as error:
         pytest.fail(str(error))
 
@@ -31,6 +33,16 @@ def cubins() -> list[Cubin]:
 @pytest.fixture
 def kernels(cubins: list[Cubin], architecture: int) -> list[Kernel]:
     return [kernel for cubin in cubins if cubin.architecture == architecture for kernel in cubin.kernels]
+
+
+def test_the_built_library_is_what_is_read(cubins):
+    """Whole, for each architecture that it says it was built for: what is gated is what users run."""
+    named = {int(entry.removesuffix("+PTX").replace(".", "")) for entry in doctor.build_info()["architectures"]}
+    built = {(cubin.source, cubin.architecture) for cubin in gate.library_cubins()}
+    if not built:
+        pytest.skip("the library is older than the sources, or was built without CUDA")
+    assert built == {(cubin.source, cubin.architecture) for cubin in cubins if cubin.architecture in named}
+    assert {cubin.source for cubin in cubins} == {source.name for source in SOURCES}
 
 
 # ---- resources -----------------------------------------------------------------------------------------------------------------------------
@@ -147,6 +159,7 @@ PROMISED = {
     "outlier_counts reads 128 bits": ("outlier_counts.cu", r"outlier_counts_kernel<.*, true>", r"LDG\.E\..*128", 75),
     "weight_stats copies asynchronously": ("weight_stats.cu", r"weight_stats_kernel<.*, true>", r"LDGSTS\.E\..*128", 80),
     "gemv reads 128 bits": ("linear_w4a16.cu", rf"gemv{HALF}", r"LDG\.E\..*128", 75),
+    "simt reads 128 bits": ("linear_w4a16.cu", r"simt_kernel<[48]", r"LDG\.E\..*128", 75),
     "linear_w4a16 multiplies float16 on tensor cores": ("linear_w4a16.cu", rf"(gemv|linear_w4a16){HALF}", r"HMMA", 75),
     "linear_w4a16 multiplies bfloat16 on tensor cores": ("linear_w4a16.cu", rf"(gemv|linear_w4a16){BFLOAT16}", r"HMMA.*BF16", 80),
     "linear_w4a16 copies asynchronously": ("linear_w4a16.cu", r"(gemv|linear_w4a16)_kernel", r"LDGSTS\.E\..*128", 80),
