@@ -29,6 +29,7 @@ LARGE = {
     "groups across chunks": Layer(6, 240, 40, blocks="group", group_size=80),
     "groups across chunks, rows not aligned": Layer(12, 75, 36, blocks="group", group_size=25, dtype=F16),
     "groups across chunks, many tokens": Layer(40, 144, 33, blocks="group", group_size=48, axis=0, dtype=BF16),
+    "groups of 192, few tokens": Layer(5, 576, 40, blocks="group", group_size=192),
     "groups larger than a stage": Layer(20, 1152, 20, blocks="group", group_size=576),
     "groups of one column": Layer(33, 5, 9, blocks="group", group_size=1, r=2),
     "groups of 128, many tokens": Layer(100, 384, 130, blocks="group", group_size=128, dtype=F16),

@@ -44,7 +44,7 @@ struct ForwardBlocks {
         return weight.G == 1;
     }
     bool few([[maybe_unused]] int64_t n, int64_t rows, [[maybe_unused]] const BlockRows& rounded, [[maybe_unused]] float* sums) const {
-        if (!kHasBytes || !suits_few_tokens(rows, weight)) return false;
+        if (!kHasBytes || !suits_few_tokens(rows, weight, kBlock)) return false;
 #if PREQUANT_AVX512 || PREQUANT_AVX2
         multiply_few_blocks(rounded, rows, weight, n, sums);
 #endif

@@ -63,7 +63,9 @@ inline void byte_panel_of(const Weight& weight, const PackedColumns& columns, in
         byte_panel<4>(columns, k_begin, k_end, center, panel);
 }
 
-// sums (rows, kPanelColumns) of rows m ... of x, whose codes stand `stride` apart, before x_scale.
+// sums (rows, kPanelColumns) of rows m ... of x, whose codes stand `stride` apart, before x_scale. Groups: whether the weight has more than one; Paired:
+// whether their terms are (few_tokens.h).
+template <bool Groups, bool Paired>
 inline void multiply_bytes(const Activations& x, const uint8_t* codes, int64_t stride, int64_t m, int64_t rows, const Weight& weight, int64_t n,
                            const IntegerTask& task) {
     constexpr int64_t kPiece = kPieceSteps * ByteProduct::kCodes;
@@ -73,36 +75,46 @@ inline void multiply_bytes(const Activations& x, const uint8_t* codes, int64_t s
     const char* const a = reinterpret_cast<const char*>(codes + m * stride);
     alignas(64) int32_t zeros[kPanelColumns], code_sums[kPanelColumns];
     alignas(64) float scales[kPanelColumns];
+    int32_t token_zeros[kIntegerRows], token_sums[kIntegerRows];  // Paired: both in token_zeros
     uint8_t ones[kPiece];
-    if (G > 1) std::memset(ones, 1, sizeof ones);
+    if (Groups) std::memset(ones, 1, sizeof ones);
+    if (Groups) std::memset(task.sums, 0, static_cast<size_t>(rows * kPanelColumns) * sizeof(float));
     for (int64_t g = 0; g < G; ++g) {
         const int64_t begin = g * size, end = begin + size;
         column_zeros(weight, n, begin, zeros);
         column_scales(weight, n, begin, scales);
-        alignas(64) int32_t of_zero[kPanelColumns], of_sum[kPanelColumns];
-        const auto finish = [&](int64_t i, int64_t c, Ints product) {
-            const int32_t token_zero = x.zero_point[x.per_token ? m + i : 0], token_sum = x.sums[(m + i) * G + g];
-            const Ints exact = product - broadcast(token_zero) * load_vector<Ints>(of_zero + c) - broadcast(token_sum) * load_vector<Ints>(of_sum + c);
+        for (int64_t i = 0; i < rows; ++i) {
+            token_zeros[i] = x.zero_point[x.per_token ? m + i : 0], token_sums[i] = x.sums[(m + i) * G + g];
+            if (Paired) token_zeros[i] = token_pair(token_zeros[i], token_sums[i]);
+        }
+        Ints of_zero[kColumnVectors], of_sum[kColumnVectors];
+        const auto finish = [&](int64_t i, int64_t c, Ints product) PREQUANT_INLINE {
+            if constexpr (Paired)
+                dot_words(product, broadcast(token_zeros[i]), of_zero[c / kLanes]);
+            else
+                product = product - broadcast(token_zeros[i]) * of_zero[c / kLanes] - broadcast(token_sums[i]) * of_sum[c / kLanes];
             float* const sum = task.sums + i * kPanelColumns + c;
-            const Vector scaled = to_floats(exact) * load(scales + c);
-            store(sum, g == 0 ? scaled : load(sum) + scaled);
+            const Vector scaled = to_floats(product) * load(scales + c);
+            store(sum, Groups ? load(sum) + scaled : scaled);
         };
         const bool is_one_piece = size <= kPiece;
-        if (G == 1) {
-            for (int v = 0; v < kColumnVectors; ++v) store_vector(code_sums + v * kLanes, columns.word(panel_words(weight.K, weight.container), v));
-        } else {
+        if (Groups) {
             std::memset(code_sums, 0, sizeof code_sums);
+        } else {
+            for (int v = 0; v < kColumnVectors; ++v) store_vector(code_sums + v * kLanes, columns.word(panel_words(weight.K, weight.container), v));
         }
         for (int64_t k = begin; k < end; k += kPiece) {
             const int64_t k_end = smaller(end, k + kPiece), steps = ceil_div(k_end - k, ByteProduct::kCodes);
             byte_panel_of(weight, columns, k, k_end, center, task.panel);
-            if (G > 1)  // a row of ones adds the codes up; center comes back below
+            if constexpr (Groups)  // a row of ones adds the codes up; center comes back below
                 multiply_integer_panel<ByteProduct>(1, steps, reinterpret_cast<const char*>(ones), 0, task.panel, [&](int64_t, int64_t c, Ints sum) {
                     store_vector(code_sums + c, load_vector<Ints>(code_sums + c) + sum + broadcast(static_cast<int32_t>(k_end - k) * center));
                 });
-            for (int64_t c = 0; c < kPanelColumns && k_end == end; ++c) {
-                of_zero[c] = code_sums[c] - static_cast<int32_t>(size) * zeros[c];
-                of_sum[c] = zeros[c] - center;
+            for (int v = 0; v < kColumnVectors && k_end == end; ++v) {
+                const Ints zero = load_vector<Ints>(zeros + v * kLanes), sum = load_vector<Ints>(code_sums + v * kLanes);
+                of_sum[v] = zero - broadcast(center);
+                of_zero[v] = sum - broadcast(static_cast<int32_t>(size)) * zero;
+                if (Paired) of_zero[v] = column_pairs(of_zero[v], of_sum[v]);
             }
             if (is_one_piece)
                 multiply_integer_panel<ByteProduct>(rows, steps, a + k, stride, task.panel, finish);
@@ -170,7 +182,10 @@ inline void linear_w4a8(Activations x, const Matrix* raw, Weight weight, Outlier
     const bool is_copied = !has_bytes || K % word_codes(weight.container) != 0;  // whole words are read
     const int64_t stride = ceil_div(K, 16) * 16, copied_bytes = is_copied ? stride * (has_bytes ? 1 : 2) : 0;
     const int64_t rows_at_once = smaller(M, larger<int64_t>(1, (int64_t{1} << 20) / larger<int64_t>(1, copied_bytes + 4 * r)));
-    [[maybe_unused]] const bool is_few = has_bytes && rows_at_once == M && suits_few_tokens(M, weight);
+    [[maybe_unused]] const bool is_few = has_bytes && rows_at_once == M && suits_few_tokens(M, weight, 1);  // has_bytes: groups of whole words
+#if PREQUANT_AVX512 || PREQUANT_AVX2
+    const auto multiply = weight.G == 1 ? multiply_bytes<false, false> : fit_pairs(K / weight.G) ? multiply_bytes<true, true> : multiply_bytes<true, false>;
+#endif
     const Buffer side_buffer(outlier_side.side_bytes(rows_at_once)), copy_buffer(rows_at_once * copied_bytes);
     float* const side = static_cast<float*>(side_buffer.data());
     const int64_t panels = ceil_div(N, kPanelColumns);
@@ -197,7 +212,7 @@ inline void linear_w4a8(Activations x, const Matrix* raw, Weight weight, Outlier
                 if (is_few)
                     multiply_few_tokens(x, codes, is_copied ? stride : K, weight, n, task.products, task.sums);
                 else if (has_bytes)
-                    multiply_bytes(x, codes, is_copied ? stride : K, m, rows, weight, n, task);
+                    multiply(x, codes, is_copied ? stride : K, m, rows, weight, n, task);
 #endif
                 for (int64_t i = 0; i < rows; ++i) {
                     const Vector scale = broadcast(x.scale[x.per_token ? m + i : 0]);

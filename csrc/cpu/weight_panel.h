@@ -56,11 +56,17 @@ class PackedColumns {
 
 // zeros[c], scales[c]: of weight (n + c, k); 0 for missing columns. A null scale counts as 1.
 inline void column_zeros(const Weight& weight, int64_t n, int64_t k, int32_t* zeros) {
-    for (int64_t c = 0; c < kPanelColumns; ++c) zeros[c] = n + c < weight.N ? weight.zero_point[weight.block(n + c, k)] : 0;
+    const int64_t apart = weight.scale_rows == 1 ? 0 : weight.G, count = smaller<int64_t>(kPanelColumns, weight.N - n);
+    const uint8_t* const from = weight.zero_point + weight.block(n, k);
+    for (int64_t c = 0; c < count; ++c) zeros[c] = from[c * apart];
+    for (int64_t c = count; c < kPanelColumns; ++c) zeros[c] = 0;
 }
 
 inline void column_scales(const Weight& weight, int64_t n, int64_t k, float* scales) {
-    for (int64_t c = 0; c < kPanelColumns; ++c) scales[c] = n + c >= weight.N ? 0.0f : weight.scale == nullptr ? 1.0f : weight.scale[weight.block(n + c, k)];
+    const int64_t apart = weight.scale_rows == 1 ? 0 : weight.G, count = smaller<int64_t>(kPanelColumns, weight.N - n);
+    const float* const from = weight.scale == nullptr ? nullptr : weight.scale + weight.block(n, k);
+    for (int64_t c = 0; c < count; ++c) scales[c] = from == nullptr ? 1.0f : from[c * apart];
+    for (int64_t c = count; c < kPanelColumns; ++c) scales[c] = 0;
 }
 
 inline int prepacked_code(const Weight& weight, int64_t n, int64_t k) {
