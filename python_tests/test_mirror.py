@@ -45,7 +45,7 @@ def test_has_a_fake_a_kernel_and_a_test(op):
 
 
 def test_imports_point_down_only():
-    """reference <- ops <- linear <- model <- {hf, task} <- glue <- cli; the one exception says why where it stands."""
+    """reference <- ops <- linear <- model <- {hf, task} <- baselines <- glue <- cli; the one exception says why where it stands."""
     rooms = [
         ["config", "reference", "strictness", "measure"],
         ["_native"],
@@ -56,6 +56,7 @@ def test_imports_point_down_only():
         ["blocks", "sites", "report"],
         ["model"],
         ["checkpoint", "hf", "task"],
+        ["baselines"],
         ["glue"],
         ["cli"],
     ]
