@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prequant_ext.config import SELECTOR_NAMES, STRATEGY_NAMES, PreQuantConfig
-from prequant_ext.console import OK, exit_codes, quiet_libraries, say, show, show_json
+from prequant_ext.console import FAILED, OK, exit_codes, quiet_libraries, say, show, show_json
+from prequant_ext.glue.experiments import EXPERIMENTS
+from prequant_ext.glue.runner import SEARCHES
 from prequant_ext.glue.tasks import DATA_DIR_VARIABLE, TASKS
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: --help and a mistyped option need neither
@@ -23,6 +25,8 @@ Selector = Enum("Selector", {name: name for name in SELECTOR_NAMES}, type=str)  
 Axis = Enum("Axis", {name: name for name in ("hidden", "input", "output")}, type=str)  # type: ignore[misc]
 Granularity = Enum("Granularity", {name: name for name in ("token", "tensor")}, type=str)  # type: ignore[misc]
 Init = Enum("Init", {name: name for name in ("original", "dequantized")}, type=str)  # type: ignore[misc]
+Named = Enum("Named", {name: name for name in EXPERIMENTS}, type=str)  # type: ignore[misc]
+Search = Enum("Search", {name: name for name in SEARCHES}, type=str)  # type: ignore[misc]
 TaskName = Enum("TaskName", {name: name for name in TASKS}, type=str)  # type: ignore[misc]
 
 
@@ -311,6 +315,38 @@ def merge(
             show_json({"out": str(out), "bytes": size})
         else:
             say(f"wrote {out}, {_megabytes(size)}")
+
+
+# ---- experiments -------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: prequant experiment table3 --quick --tasks sst2 --seeds 0 -j 2 -o runs")
+def experiment(
+    name: Annotated[Named, typer.Argument(help="a table or figure of the paper")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder of runs.jsonl, which all experiments share, and NAME.md, the table")],
+    model: Annotated[str, typer.Option(help="float model: a directory, a name on the hub, or minilm")] = "minilm",
+    tasks: Annotated[str | None, typer.Option(help="of GLUE, separated by commas (default: those of the experiment)")] = None,
+    seeds: Annotated[str, typer.Option(help="separated by commas; the lowest one searches learning rates")] = "0,1,2",
+    search: Annotated[Search, typer.Option(help="of learning rates: for each row and task, once a method, or quick, none")] = Search.each,  # type: ignore[attr-defined]
+    quick: Annotated[bool, typer.Option("--quick", help="the same as --search quick: one learning rate a method")] = False,
+    epochs: int = 3,
+    max_train: Annotated[int | None, typer.Option(help="training rows of every task (default: 4000 of sst2 and qnli, all of the others)")] = None,
+    data_dir: DataDir = None,
+    data: Data = Source.glue,
+    jobs: Annotated[int, typer.Option("-j", "--jobs", help="runs side by side")] = 1,
+    threads: Annotated[int, typer.Option(help="of each run")] = 1,
+    only_list: Annotated[bool, typer.Option("--list", help="say which runs are missing, and start none")] = False,
+) -> None:
+    """Train every row of a table or figure of the paper, and print the table. What OUT/runs.jsonl has is not run again."""
+    with exit_codes():
+        quiet_libraries()
+        from prequant_ext import pipeline
+
+        plan, path = pipeline.plan_experiment(name.value, model, tasks, seeds, "quick" if quick else search.value, data.value, data_dir, epochs, max_train)
+        failed = pipeline.run_experiment(plan, name.value, out, model, path, data_dir, threads, jobs, only_list)
+        if failed:
+            say(f"{len(failed)} runs failed; the same command tries them again")
+            raise typer.Exit(FAILED)
 
 
 @app.command(epilog="Example: prequant doctor --json")

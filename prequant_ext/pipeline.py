@@ -12,9 +12,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from prequant_ext import checkpoint, hf
 from prequant_ext import task as tasks
 from prequant_ext.config import PreQuantConfig
+from prequant_ext.console import say
 from prequant_ext.glue import train
+from prequant_ext.glue.experiments import EXPERIMENTS
 from prequant_ext.glue.models import resolve_model
-from prequant_ext.glue.tasks import get_task
+from prequant_ext.glue.runner import SEARCH_TASK, Plan, describe, identity, read_lines, run, scores_of
+from prequant_ext.glue.tables import markdown
+from prequant_ext.glue.tasks import get_task, load_rows
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import PlanRow, Report, merge, plan, quantize_model
 
@@ -39,7 +43,7 @@ class _Companions:
 def model_config(path: str) -> Any:
     """transformers' config of a model. Raises FileNotFoundError where there is no such model."""
     try:
-        return AutoConfig.from_pretrained(path)
+        return model_config(path)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(f"no model at {path}: it is no directory with a config.json, and the hub did not give one ({reason})") from error
@@ -166,3 +170,43 @@ def merge_directory(name: str, task_file: Path | None, out: Path) -> int:
     merge(model)
     checkpoint.save_model_dir(model, _tokenizer(name), out)
     return sum(parameter.nbytes for parameter in model.parameters())
+
+
+# ---- experiments -------------------------------------------------------------------------------------------------------
+
+
+def plan_experiment(
+    name: str, model: str, task_names: str | None, seeds: str, search: str, data: str, data_dir: str | None, epochs: int, max_train: int | None
+) -> tuple[Plan, str]:
+    """The plan, and the folder of ``model``. Raises ValueError for wrong settings, and FileNotFoundError where a task's data is missing: not after an hour."""
+    path = resolve_model(model)
+    blocks = getattr(AutoConfig.from_pretrained(path), "num_hidden_layers", 0)
+    experiment = EXPERIMENTS[name](blocks)
+    chosen = tuple(task_names.split(",")) if task_names else experiment.tasks
+    try:
+        numbers = sorted({int(seed) for seed in seeds.split(",")})
+    except ValueError:
+        raise ValueError(f"seeds must be integers separated by commas, got {seeds!r}") from None
+    needed = {*chosen, *((SEARCH_TASK,) if search == "once" else ())}
+    for task in sorted(needed):
+        for split in ("train", "validation"):
+            load_rows(get_task(task), split, data_dir, data)
+    return Plan(experiment, chosen, numbers, search, data, epochs, max_train), path
+
+
+def run_experiment(plan: Plan, name: str, out: Path, model: str, path: str, data_dir: str | None, threads: int, jobs: int, only_list: bool) -> list[str]:
+    """Run what is missing, then print the table and write it to OUT/NAME.md; what failed comes back as messages."""
+    runs = out / "runs.jsonl"
+    if only_list:
+        lines = [line for line in read_lines(runs) if line["model"] == model]
+        done, missing = scores_of(lines), {identity(wanted): wanted for wanted in plan.possible(lines)}
+        for key, wanted in missing.items():
+            if key not in done:
+                print(describe(wanted))
+        say(f"{plan.expected()} runs in all, {len(set(missing) & set(done))} of them done; the list has those that can start now")
+        return []
+    failed = run(plan, runs, model, path, data_dir, threads, jobs, say)
+    table = "\n".join(markdown(plan, [line for line in read_lines(runs) if line["model"] == model]))
+    tasks.write_atomically(out / f"{name}.md", f"{table}\n".encode())
+    print(table)
+    return failed

@@ -9,8 +9,6 @@ again. The table is made from the lines alone.
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -22,6 +20,7 @@ import numpy as np
 import typer
 
 from prequant_ext.glue import metrics
+from prequant_ext.glue.runner import Line, perform, read_lines
 from prequant_ext.glue.tasks import get_task, load_rows
 
 GRID = {"ft": (3e-5, 5e-5, 1e-4, 2e-4), "prequant": (1e-3, 2e-3, 5e-3, 1e-2), "random": (1e-3, 2e-3, 5e-3, 1e-2)}
@@ -29,7 +28,6 @@ TITLES = {"ft": "full fine-tuning", "prequant": "PreQuant, outlier dimensions", 
 LIMITS = {"sst2": {"epochs": 6, "max_train": 4000, "max_length": 64}, "mrpc": {"epochs": 5}}  # of single tasks; the rest: all rows, 128 tokens, EPOCHS
 EPOCHS, BATCH = 3, 32
 
-Line = dict[str, Any]
 app = typer.Typer(help=__doc__, add_completion=False)
 
 
@@ -50,13 +48,6 @@ class Run:
         common = {"model": model, "task": self.task, "data": data, "data_dir": data_dir, "lr": self.lr, "seed": self.seed, "quantization": quantization}
         sizes = {"epochs": EPOCHS, "batch_size": BATCH, "max_length": 128} | LIMITS.get(self.task, {})
         return common | sizes | {"method": "ft" if self.method == "ft" else "prequant"}
-
-
-def read_lines(path: Path) -> list[Line]:
-    """The finished runs. A last line without its newline was cut off by a kill and does not count."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def run_of(line: Line) -> Run:
@@ -89,16 +80,6 @@ def ready(lines: Sequence[Line], tasks: Sequence[str], methods: Sequence[str], s
                 rate = best_rate(tried)
                 first = 1 if search_task in (None, task) else 0  # the grid has run the lowest seed already
                 yield from (Run(task, method, rate, seed) for seed in seeds[first:])
-
-
-def perform(run: Run, settings: dict[str, Any], threads: int) -> Line:
-    """Train in a process of its own: peak memory is per process, and threads are set before torch starts. Raises RuntimeError with what it said."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "prequant_ext.glue.worker", json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{run} failed with exit code {done.returncode}:\n{done.stderr.strip()[-2000:]}")
-    return {"arm": run.method} | json.loads(done.stdout)
 
 
 @app.callback(invoke_without_command=True)
@@ -137,7 +118,7 @@ def compare(
             taken = {run_of(line) for line in lines} | set(running.values()) | failed
             for run in ready(lines, task_names, method_names, seed_numbers, search_task):
                 if len(running) < jobs and run not in taken:
-                    running[pool.submit(perform, run, run.settings(path, data_dir, data), threads)] = run
+                    running[pool.submit(perform, run.settings(path, data_dir, data), threads)] = run
                     taken.add(run)
             if not running:
                 break
@@ -145,9 +126,9 @@ def compare(
                 run = running.pop(future)
                 if (error := future.exception()) is not None:
                     failed.add(run)
-                    print(f"error: {error}", file=sys.stderr)
+                    print(f"error: {run} failed with {error}", file=sys.stderr)
                     continue
-                line = future.result() | {"model": model}  # the name that was given, not the folder it has on this machine
+                line = {"arm": run.method} | future.result() | {"model": model}  # the name that was given, not the folder it has on this machine
                 lines.append(line)
                 with out.open("a") as file:
                     file.write(json.dumps(line) + "\n")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from prequant_ext.glue.batches import Collator, Example, by_length, encode
 from prequant_ext.glue.models import load_model, make_ready
 from prequant_ext.glue.tasks import Task, get_task, load_rows
 from prequant_ext.glue.trainer import BEST_FILE, DONE_MARKER, GlueTrainer, Progress, Recorder, last_checkpoint, load_trained, trained_tensors
+from prequant_ext.linear import PreQuantLinear
 
 # Of a small model; larger ones want less (the paper: 1e-4 to 9e-4 for PreQuant, 1e-5 to 4e-5 for full fine-tuning).
 LEARNING_RATES = {"ft": 5e-5, "ptq": 5e-5, "qat": 5e-5, "qat_vanilla": 5e-5, "lora": 1e-3, "qlora": 1e-3, "bitfit": 1e-3} | {
@@ -125,6 +127,7 @@ class RunResult:
     model: str
     data: str
     quantization: dict[str, Any] | None
+    quantization_error: float | None  # sqrt(sum (w' - w)^2) over the matrices that were quantized in this run
     environment: dict[str, Any]
     predictions: str  # of the best epoch, one for each validation example in file order; see metrics.pack
     labels: str
@@ -226,6 +229,7 @@ def fine_tune(settings: Settings, work_dir: str | os.PathLike | None = None, sta
         model=settings.model,
         data=settings.data,
         quantization=settings.quantization,
+        quantization_error=_quantization_error(model),
         environment=measure.environment(),
         predictions=metrics.pack(recorder.best_predictions, task.is_regression),
         labels=metrics.pack(labels, task.is_regression),
@@ -270,8 +274,14 @@ def _untrained(model: PreTrainedModel, tokenizer: Any, settings: Settings, first
         model_bytes=_bytes([*model.parameters(), *model.buffers()]),
         peak_memory_mb=(measure.peak_bytes() - IMPORTS_BYTES) / measure.MB,
         quantization=settings.quantization,
+        quantization_error=_quantization_error(model),
         predictions=metrics.pack(predictions, task.is_regression),
     )
+
+
+def _quantization_error(model: torch.nn.Module) -> float | None:
+    errors = [module.squared_error for module in model.modules() if isinstance(module, PreQuantLinear)]
+    return math.sqrt(sum(error for error in errors if error is not None)) if errors and None not in errors else None
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:

@@ -1,0 +1,136 @@
+"""The paper's tables and figures as data: which methods, with which settings, make the rows of each.  Gong et al., 2023, Section 5.
+
+An arm is one row. Equal arms of two experiments are one run: what identifies a run is its settings, not the table that it stands in.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prequant_ext.config import PreQuantConfig
+
+# Learning rates that are tried, of small models; the paper's, for larger ones, are 1e-4 to 9e-4 for PreQuant and 1e-5 to 4e-5 for full fine-tuning.
+GRIDS: dict[str, tuple[float, ...]] = {
+    "ft": (3e-5, 1e-4, 2e-4),
+    "ptq": (3e-5, 1e-4, 2e-4),
+    "qat": (3e-5, 1e-4, 2e-4),
+    "qat_vanilla": (3e-5, 1e-4, 2e-4),
+    "alphatuning": (1e-3, 5e-3, 1e-2),
+    "quadapter": (1e-3, 5e-3, 2e-2),
+    "prequant": (2e-3, 5e-3, 1e-2),
+    "prequant_alpha": (2e-4, 1e-3, 5e-3),
+    "prequant_random": (2e-3, 5e-3, 1e-2),
+    "prequant_ticket": (2e-3, 5e-3, 1e-2),
+    "qlora": (5e-4, 2e-3, 5e-3),
+    "bitfit": (1e-3, 3e-3, 1e-2),
+    "lora": (5e-4, 2e-3, 5e-3),
+}
+TABLE4_R = (1, 3, 5, 10, 20, 96, 384)
+TABLE6_ROWS = (500, 1000, 2000, 4000, 8000)
+FIGURE5_BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row: a method, and what of its settings differs from the defaults. seeds_selector: the run's seed also draws the dimensions."""
+
+    title: str
+    method: str
+    quantization: Mapping[str, Any] | None = None
+    max_train: int | None = None
+    seeds_selector: bool = False
+
+
+@dataclass(frozen=True)
+class Experiment:
+    title: str
+    arms: tuple[Arm, ...]
+    tasks: tuple[str, ...] = ("sst2", "mrpc")
+
+
+def _prequant(title: str, **changes: Any) -> Arm:
+    return Arm(title, "prequant", changes)
+
+
+FT = Arm("full fine-tuning", "ft")
+PREQUANT = _prequant("PreQuant")
+RANDOM = Arm("PreQuant, random dimensions", "prequant_random", {}, seeds_selector=True)
+
+
+def table1(blocks: int) -> Experiment:
+    paper = PreQuantConfig.paper()
+    printed = {name: getattr(paper, name) for name in ("activation_granularity", "embedding_granularity", "init")}
+    arms = (FT, Arm("PTQ, 4 bit", "ptq", {}), Arm("QAT, 4 bit", "qat", {}), PREQUANT, _prequant("PreQuant, the paper's settings", **printed))
+    return Experiment("Methods on GLUE tasks (Table 1)", arms, ("sst2", "mrpc", "qnli"))
+
+
+def table2(blocks: int) -> Experiment:
+    arms = (
+        FT,
+        Arm("Quadapter, 8 bit", "quadapter", {}),
+        Arm("AlphaTuning, 4 bit", "alphatuning", {}),
+        Arm("PreQuant-alpha, 4 bit", "prequant_alpha", {"r": 0, "train_scales": True}),
+        PREQUANT,
+        Arm("LoRA on the 4-bit base, r = 8", "qlora", {}),
+        Arm("BitFit, float", "bitfit"),
+        Arm("LoRA, float, r = 8", "lora"),
+    )
+    return Experiment("Parameter-efficient methods (Table 2)", arms)
+
+
+def table3(blocks: int) -> Experiment:
+    strategies = ("min_max", "outlier_aware", "mse", "row_wise")
+    arms = tuple(PREQUANT if name == "outlier_aware" else _prequant(name, strategy=name) for name in strategies)
+    return Experiment("Quantization strategies: error and score (Table 3)", arms)
+
+
+def table4(blocks: int) -> Experiment:
+    arms = tuple(PREQUANT if r == PreQuantConfig.r else _prequant(f"r = {r}", r=r) for r in TABLE4_R)
+    return Experiment("Outlier dimensions of a matrix (Table 4)", (*arms, FT))
+
+
+def table5(blocks: int) -> Experiment:
+    """2 bits on a third or two of the blocks, counted from the embeddings up."""
+    if blocks < 3:
+        raise ValueError(f"table5 gives thirds of the blocks 2 bits: the model must have at least 3 blocks, got {blocks}")
+    third, two_thirds = blocks // 3, 2 * blocks // 3
+
+    def rule(first: int, last: int) -> dict[str, int]:
+        return {f"layers.{first}-{last}": 2}
+
+    arms = (
+        PREQUANT,
+        _prequant("2 bits on the bottom third", layer_bits=rule(0, third - 1)),
+        _prequant("2 bits on the bottom two thirds", layer_bits=rule(0, two_thirds - 1)),
+        _prequant("2 bits on the top third", layer_bits=rule(blocks - third, blocks - 1)),
+        _prequant("2 bits on the top two thirds", layer_bits=rule(blocks - two_thirds, blocks - 1)),
+    )
+    return Experiment("Mixed precision (Table 5)", arms)
+
+
+def table6(blocks: int) -> Experiment:
+    arms = [Arm(f"{arm.title}, {rows:,} rows", arm.method, arm.quantization, max_train=rows) for rows in TABLE6_ROWS for arm in (FT, PREQUANT)]
+    return Experiment("Few training rows (Table 6)", tuple(arms), ("sst2",))
+
+
+def fig3(blocks: int) -> Experiment:
+    arms = (PREQUANT, RANDOM, Arm("PreQuant, ticket dimensions", "prequant_ticket", {}), _prequant("PreQuant, dimensions of largest error", selector="error"))
+    return Experiment("How dimensions are selected (Figure 3)", arms)
+
+
+def fig5(blocks: int) -> Experiment:
+    methods = (("PTQ", "ptq"), ("QAT", "qat"), ("PreQuant", "prequant"))
+    arms = [Arm(f"{title}, {bits} bit", method, {} if bits == PreQuantConfig.bits else {"bits": bits}) for bits in FIGURE5_BITS for title, method in methods]
+    return Experiment("Bits of a weight (Figure 5)", (FT, *arms), ("sst2",))
+
+
+EXPERIMENTS: dict[str, Callable[[int], Experiment]] = {
+    "table1": table1,
+    "table2": table2,
+    "table3": table3,
+    "table4": table4,
+    "table5": table5,
+    "table6": table6,
+    "fig3": fig3,
+    "fig5": fig5,
+}

@@ -1,0 +1,196 @@
+"""Runs the trainings of an experiment: one process and one JSON line each. What has run is skipped, so a killed experiment goes on when it is started again.
+
+Learning rates
+    quick    one of each method (train.LEARNING_RATES)
+    once     each method's best of its grid on one task, by the lowest seed and after SEARCH_EPOCHS, then used for all of its arms
+    each     the best of the grid for each arm and task, by the lowest seed, with all epochs (the paper's way)
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prequant_ext.glue.experiments import GRIDS, Arm, Experiment
+
+SEARCHES = ("quick", "once", "each")
+SEARCH_TASK, SEARCH_EPOCHS = "sst2", 1
+LIMITS: dict[str, dict[str, int]] = {"sst2": {"max_train": 4000, "max_length": 64}, "qnli": {"max_train": 4000}}  # of single tasks
+EPOCHS, BATCH, MAX_LENGTH = 3, 32, 128
+
+Line = dict[str, Any]
+Wanted = dict[str, Any]  # keyword arguments of train.Settings but for the model's folder and the data's
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment on a model: ``seeds`` ascending, the first of which searches learning rates."""
+
+    experiment: Experiment
+    tasks: Sequence[str]
+    seeds: Sequence[int]
+    search: str
+    data: str = "glue"
+    epochs: int = EPOCHS
+    max_train: int | None = None  # of every task that the experiment leaves whole; None: LIMITS
+
+    def settings(self, arm: Arm, task: str, lr: float, seed: int, epochs: int | None = None) -> Wanted:
+        quantization = None if arm.quantization is None else dict(arm.quantization)
+        if arm.seeds_selector and quantization is not None:
+            quantization["seed"] = seed
+        limits = LIMITS.get(task, {})
+        return {
+            "task": task,
+            "method": arm.method,
+            "quantization": quantization,
+            "lr": lr,
+            "seed": seed,
+            "epochs": epochs or self.epochs,
+            "batch_size": BATCH,
+            "max_length": limits.get("max_length", MAX_LENGTH),
+            "max_train": arm.max_train or self.max_train or limits.get("max_train"),
+            "data": self.data,
+        }
+
+    def possible(self, lines: Sequence[Line]) -> Iterator[Wanted]:
+        """Every run that can be started with what ``lines`` tell; searches first."""
+        scores = scores_of(lines)
+        for arm, task in self._cells():
+            yield from self._searching(arm, task)
+        for arm, task in self._cells():
+            lr = self.rate(arm, task, scores)
+            if lr is not None:
+                yield from (self.settings(arm, task, lr, seed) for seed in self.seeds)
+
+    def rate(self, arm: Arm, task: str, scores: dict[str, float]) -> float | None:
+        """The learning rate of an arm on a task; None while its search has not ended."""
+        if self.search == "quick":
+            from prequant_ext.glue.train import LEARNING_RATES
+
+            return LEARNING_RATES[arm.method]
+        tried = {wanted["lr"]: scores.get(identity(wanted)) for wanted in self._searching(arm, task)}
+        found = {lr: score for lr, score in tried.items() if score is not None}
+        return max(found, key=lambda lr: (found[lr], -lr)) if len(found) == len(tried) else None
+
+    def expected(self) -> int:
+        """How many runs there are in all."""
+        fixed = [self.settings(arm, task, GRIDS[arm.method][0], seed) for arm, task in self._cells() for seed in self.seeds]
+        searching = {identity(wanted) for arm, task in self._cells() for wanted in self._searching(arm, task)}
+        shared = len(self._cells()) if self.search == "each" else 0  # the grid has run the lowest seed at the best rate
+        return len({identity(wanted) for wanted in fixed}) + len(searching) - shared
+
+    def _cells(self) -> list[tuple[Arm, str]]:
+        return [(arm, task) for task in self.tasks for arm in self.experiment.arms]
+
+    def _searching(self, arm: Arm, task: str) -> Iterator[Wanted]:
+        if self.search == "each":
+            yield from (self.settings(arm, task, lr, self.seeds[0]) for lr in GRIDS[arm.method])
+        elif self.search == "once":
+            plain = Arm(arm.method, arm.method, self._plain_quantization(arm), seeds_selector=arm.seeds_selector)
+            yield from (self.settings(plain, SEARCH_TASK, lr, self.seeds[0], SEARCH_EPOCHS) for lr in GRIDS[arm.method])
+
+    @staticmethod
+    def _plain_quantization(arm: Arm) -> dict[str, Any] | None:
+        if arm.quantization is None:
+            return None
+        return {name: arm.quantization[name] for name in ("r", "train_scales") if arm.quantization.get("train_scales") and name in arm.quantization}
+
+
+def identity(wanted: Wanted) -> str:
+    """What makes two runs the same."""
+    return json.dumps(wanted, sort_keys=True)
+
+
+def scores_of(lines: Sequence[Line]) -> dict[str, float]:
+    return {identity(line["wanted"]): line["score"] for line in lines}
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The finished runs. A last line without its newline was cut off by a kill and does not count."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def perform(settings: dict[str, Any], threads: int) -> Line:
+    """Train in a process of its own: peak memory is per process, and threads are set before torch starts. Raises RuntimeError with what it said."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "prequant_ext.glue.worker", json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"exit code {done.returncode}:\n{done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout)
+
+
+@dataclass
+class Progress:
+    """What is done, what is left, and how long that will take at the pace so far."""
+
+    total: int
+    done: int
+    jobs: int
+    seconds: list[float] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+
+    def __str__(self) -> str:
+        left = max(0, self.total - self.done)
+        if not self.seconds:
+            return f"{self.done} of {self.total} runs done"
+        minutes = left * statistics.mean(self.seconds) / self.jobs / 60
+        return f"{self.done} of {self.total} runs done, about {minutes:.0f} minutes left"
+
+
+def run(plan: Plan, out: Path, model: str, path: str, data_dir: str | None, threads: int, jobs: int, say: Any) -> list[str]:
+    """Append the missing runs of ``plan`` to ``out``, ``jobs`` at a time; what failed comes back as messages.
+
+    ``model`` is the name that the lines keep, ``path`` the folder it has here.
+    """
+    lines = read_lines(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists():  # drops a cut-off last line before appending after it
+        temporary = out.with_name(f"{out.name}.tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        os.replace(temporary, out)
+    own = [line for line in lines if line["model"] == model]
+    progress = Progress(plan.expected(), 0, jobs)
+    running: dict[Future, Wanted] = {}
+    failed: dict[str, str] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        while True:
+            done = set(scores_of(own))
+            possible = {identity(wanted): wanted for wanted in plan.possible(own)}
+            progress.done = len(done & set(possible))
+            taken = done | {identity(wanted) for wanted in running.values()} | set(failed)
+            for key, wanted in possible.items():
+                if len(running) < jobs and key not in taken:
+                    running[pool.submit(perform, {**wanted, "model": path, "data_dir": data_dir}, threads)] = wanted
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                wanted = running.pop(future)
+                if (error := future.exception()) is not None:
+                    failed[identity(wanted)] = f"{describe(wanted)} failed: {error}"
+                    say(failed[identity(wanted)])
+                    continue
+                line = {"wanted": wanted} | future.result() | {"model": model}
+                own.append(line)
+                with out.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                progress.seconds.append(line["seconds"])
+                progress.done += 1
+                say(f"{describe(wanted)}: {100 * line['score']:.2f} in {line['seconds']:.0f} s; {progress}")
+    return list(failed.values())
+
+
+def describe(wanted: Wanted) -> str:
+    changed = ", ".join(f"{name} {value}" for name, value in (wanted["quantization"] or {}).items())
+    rows = f", {wanted['max_train']:,} rows" if wanted["max_train"] else ""
+    name = f"{wanted['method']} ({changed})" if changed else wanted["method"]
+    return f"{wanted['task']} {name}, lr {wanted['lr']:g}, seed {wanted['seed']}, {wanted['epochs']} epochs{rows}"

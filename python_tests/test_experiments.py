@@ -1,0 +1,157 @@
+"""The paper's experiments: their arms, the order of their runs, what a restart skips, their tables."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from tiny_checkpoint import save_float_model
+from typer.testing import CliRunner
+
+from prequant_ext import cli
+from prequant_ext.baselines import METHODS
+from prequant_ext.config import PreQuantConfig
+from prequant_ext.glue import runner, tables, train
+from prequant_ext.glue.experiments import EXPERIMENTS, GRIDS, Arm, Experiment
+from prequant_ext.glue.runner import Plan, identity
+
+SMALL = Experiment("two arms", (Arm("full", "ft"), Arm("ours", "prequant", {"r": 3})), ("sst2",))
+
+
+def plan(search="quick", **changes) -> Plan:
+    return replace(Plan(SMALL, ("sst2", "mrpc"), (0, 1), search), **changes)
+
+
+def line(wanted, score=0.8, **changes):
+    """As the worker would have written it."""
+    counted = {"trainable_parameters": 10, "model_bytes": 2e6, "n_train": 100, "n_validation": 50, "quantization_error": None, "seconds": 1.0}
+    return {"wanted": wanted, "score": score, "model": "tiny", "epochs": wanted["epochs"], "batch_size": wanted["batch_size"]} | counted | changes
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_arm_is_a_run_that_train_accepts(name):
+    experiment = EXPERIMENTS[name](6)
+    assert len({arm.title for arm in experiment.arms}) == len(experiment.arms) >= 3
+    for arm in experiment.arms:
+        wanted = Plan(experiment, experiment.tasks, (0,), "quick").settings(arm, "sst2", 1e-3, 0)
+        settings = train.Settings(model="m", **wanted)
+        PreQuantConfig.from_dict(settings.quantization or {})
+    assert identity(wanted) == identity(json.loads(json.dumps(wanted)))
+
+
+def test_every_method_has_learning_rates():
+    assert set(GRIDS) == set(METHODS) == set(train.LEARNING_RATES)
+    assert {len(grid) for grid in GRIDS.values()} == {3}  # searches of one size for all
+
+
+def test_thirds_of_the_blocks():
+    rules = [arm.quantization["layer_bits"] for arm in EXPERIMENTS["table5"](12).arms[1:]]
+    assert rules == [{"layers.0-3": 2}, {"layers.0-7": 2}, {"layers.8-11": 2}, {"layers.4-11": 2}]
+    with pytest.raises(ValueError, match=r"table5 .* must have at least 3 blocks, got 2"):
+        EXPERIMENTS["table5"](2)
+
+
+def test_experiments_share_their_runs():
+    def runs(name: str) -> set[str]:
+        return {identity(wanted) for wanted in Plan(EXPERIMENTS[name](6), ("sst2",), (0, 1), "quick").possible([])}
+
+    assert len(runs("table1") & runs("table2")) == 4  # full fine-tuning and PreQuant, two seeds each
+    assert len(runs("table3") & runs("table4")) == 2
+    assert {json.loads(key)["max_train"] for key in runs("table6") & runs("table1")} == {4000}
+
+
+def test_quick_runs_everything_at_one_rate():
+    wanted = list(plan().possible([]))
+    assert len(wanted) == plan().expected() == 8
+    assert {(run["method"], run["lr"]) for run in wanted} == {("ft", train.LEARNING_RATES["ft"]), ("prequant", train.LEARNING_RATES["prequant"])}
+
+
+def test_a_search_comes_first_and_its_best_rate_runs_the_other_seeds():
+    searching = plan("each")
+    first = list(searching.possible([]))
+    assert len(first) == 2 * 2 * 3 and {run["seed"] for run in first} == {0} and {run["epochs"] for run in first} == {3}
+    scores = {GRIDS["prequant"][0]: 0.7, GRIDS["prequant"][1]: 0.9, GRIDS["prequant"][2]: 0.9}
+    lines = [line(run, scores[run["lr"]]) for run in first if (run["method"], run["task"]) == ("prequant", "mrpc")]
+    after = [run for run in searching.possible(lines) if run["seed"] == 1]
+    assert [(run["method"], run["task"], run["lr"]) for run in after] == [("prequant", "mrpc", GRIDS["prequant"][1])]  # the smaller of two equals
+    assert searching.expected() == 12 + 4  # seed 0 at the best rate has run in the search
+
+
+def test_a_rate_searched_once_serves_every_arm_of_its_method():
+    arms = (Arm("ours", "prequant", {}), Arm("wider", "prequant", {"r": 20}), Arm("drawn", "prequant_random", {}, seeds_selector=True))
+    searching = plan("once", experiment=Experiment("", arms))
+    first = {identity(run): run for run in searching.possible([])}
+    assert len(first) == 6 and {(run["task"], run["epochs"]) for run in first.values()} == {("sst2", 1)}
+    lines = [line(run, run["lr"]) for run in first.values()]
+    runs = {identity(run): run for run in searching.possible(lines)}
+    fixed = [run for key, run in runs.items() if key not in first]
+    assert len(fixed) == 3 * 2 * 2 and {run["lr"] for run in fixed} == {1e-2} and searching.expected() == len(runs) == 18
+    assert {run["quantization"]["seed"] for run in fixed if run["method"] == "prequant_random"} == {0, 1}
+
+
+def test_a_restart_runs_what_is_missing(tmp_path, monkeypatch):
+    calls = []
+
+    def perform(settings, threads):
+        calls.append(settings)
+        if settings["seed"] == 1 and settings["method"] == "ft" and len(calls) < 20:
+            raise RuntimeError("exit code -9")
+        return {key: value for key, value in line(settings).items() if key not in ("wanted", "model")}
+
+    monkeypatch.setattr(runner, "perform", perform)
+    out, said = tmp_path / "runs" / "runs.jsonl", []
+    failed = runner.run(plan(), out, "tiny", "/models/tiny", "/glue", 1, 2, said.append)
+    assert len(failed) == 2 and len(calls) == 8 and all("ft, lr 5e-05, seed 1, 3 epochs" in message and "exit code -9" in message for message in failed)
+    assert {settings["model"] for settings in calls} == {"/models/tiny"} and "/models" not in out.read_text() and "/glue" not in out.read_text()
+    assert any("about" in message and "minutes left" in message for message in said)
+    with out.open("a") as file:
+        file.write('{"wanted": {"task": "ss')  # a kill in the middle of a line
+    calls += [None] * 20
+    assert runner.run(plan(), out, "tiny", "/models/tiny", "/glue", 1, 1, said.append) == []
+    assert len(calls) == 8 + 20 + 2 and len(runner.read_lines(out)) == 8
+    assert runner.run(plan(), out, "other", "/models/other", "/glue", 1, 4, said.append) == [] and len(runner.read_lines(out)) == 16
+
+
+def test_a_table_has_means_spreads_and_an_average_of_complete_tasks():
+    whole = plan()
+    lines = []
+    for run in whole.possible([]):
+        if run["method"] == "prequant" and run["task"] == "mrpc":
+            continue
+        error = 31.04 if run["method"] == "prequant" else None
+        lines.append(line(run, 0.8 + 0.02 * run["seed"], quantization_error=error))
+    text = "\n".join(tables.markdown(whole, lines))
+    assert "| full | 81.00 ± 1.41 (2) | 81.00 ± 1.41 (2) | 81.00 | 10 | 2.0 MB |  |" in text
+    assert "| ours | 81.00 ± 1.41 (2) |  | 81.00 | 10 | 2.0 MB | 31.0 |" in text
+    assert "100 training rows" in text and "learning rates, fixed: ft 5e-05, prequant 0.005." in text
+    assert tables.mean_and_spread([0.5]) == "50.00"
+
+
+@pytest.mark.slow
+def test_the_command_trains_and_prints_its_table(tmp_path, monkeypatch):
+    float_model = save_float_model(tmp_path / "float")
+    arguments = ["experiment", "table3", "--quick", "--model", float_model, "--data", "synthetic", "--tasks", "sst2", "--seeds", "0", "--epochs", "1"]
+    arguments += ["--max-train", "64", "-j", "2", "-o", str(tmp_path / "runs")]
+    listed = CliRunner().invoke(cli.app, [*arguments, "--list"])
+    assert listed.exit_code == 0, listed.output
+    assert listed.stdout.count("sst2 prequant") == 4 and not (tmp_path / "runs").exists()
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "| min_max |" in done.stdout and (tmp_path / "runs" / "table3.md").read_text() == done.stdout
+    errors = {run["wanted"]["quantization"].get("strategy"): run["quantization_error"] for run in runner.read_lines(tmp_path / "runs" / "runs.jsonl")}
+    assert len(errors) == 4 and errors["mse"] <= errors["min_max"] and errors["row_wise"] < errors[None]
+    monkeypatch.setattr(runner, "perform", None)  # nothing is run again
+    assert CliRunner().invoke(cli.app, arguments).stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--tasks", "sst3"], "task must be one of"),
+        (["--seeds", "a"], "seeds must be integers separated by commas, got 'a'"),
+        (["--data-dir", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_experiments_are_refused_before_they_begin(changes, message, tmp_path):
+    float_model = save_float_model(tmp_path / "float")
+    done = CliRunner().invoke(cli.app, ["experiment", "table3", "--model", float_model, "-o", str(tmp_path / "runs"), *changes])
+    assert done.exit_code == 2 and message in done.output
