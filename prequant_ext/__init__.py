@@ -9,7 +9,7 @@ from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import PlanRow, Report, merge, plan, quantize_model, trainable_parameters
 
 if importlib.util.find_spec("transformers") is not None:
-    from prequant_ext import hf  # noqa: F401  transformers finds no plug-ins by itself: importing this package registers ours
+    from prequant_ext import hf, t5_encoder  # noqa: F401  transformers finds no plug-ins by itself: importing this package registers ours
 
 __version__ = "0.1.0"
 __all__ = [

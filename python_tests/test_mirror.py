@@ -52,7 +52,7 @@ def test_imports_point_down_only():
         ["ops"],
         ["outliers"],
         ["quantize", "frozen"],
-        ["linear", "embedding", "families", "doctor"],
+        ["linear", "embedding", "families", "doctor", "t5_encoder"],
         ["blocks", "sites", "report"],
         ["model"],
         ["checkpoint", "hf", "task"],

