@@ -29,8 +29,10 @@ from prequant_ext.glue.trainer import BEST_FILE, DONE_MARKER, GlueTrainer, Progr
 from prequant_ext.linear import PreQuantLinear
 
 # Of a small model; larger ones want less (the paper: 1e-4 to 9e-4 for PreQuant, 1e-5 to 4e-5 for full fine-tuning).
-LEARNING_RATES = {"ft": 5e-5, "ptq": 5e-5, "qat": 5e-5, "qat_vanilla": 5e-5, "lora": 1e-3, "qlora": 1e-3, "bitfit": 1e-3} | {
-    name: 5e-3 for name in METHODS if name.startswith("prequant") or name in ("alphatuning", "quadapter")
+LEARNING_RATES = dict.fromkeys(METHODS, 5e-3) | {
+    **dict.fromkeys(("ft", "ptq", "qat", "qat_vanilla"), 5e-5),
+    **dict.fromkeys(("alphatuning", "prequant_alpha"), 5e-4),  # scales are a few hundredths
+    **dict.fromkeys(("lora", "qlora", "bitfit"), 2e-3),
 }
 FLOAT_METHODS = ("ft", "bitfit", "lora")  # that quantize nothing
 L1_STRENGTH = 1e-5  # of the distance in the first run of prequant_ticket
