@@ -342,11 +342,30 @@ def experiment(
         quiet_libraries()
         from prequant_ext import pipeline
 
-        plan, path = pipeline.plan_experiment(name.value, model, tasks, seeds, "quick" if quick else search.value, data.value, data_dir, epochs, max_train)
-        failed = pipeline.run_experiment(plan, name.value, out, model, path, data_dir, threads, jobs, only_list)
+        rates = "quick" if quick else search.value
+        study, path = pipeline.plan_experiment(name.value, model, tasks, seeds, rates, data.value, data_dir, epochs, max_train)
+        if only_list:
+            return pipeline.list_experiment(study, out)
+        failed = pipeline.run_experiment(study, path, out, data_dir, threads, jobs)
         if failed:
             say(f"{len(failed)} runs failed; the same command tries them again")
             raise typer.Exit(FAILED)
+
+
+@app.command(epilog="Example: prequant report runs -o report.html")
+def report(
+    runs: Annotated[Path, typer.Argument(help="the folder that prequant experiment wrote")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="an HTML file")],
+    overwrite: Overwrite = False,
+) -> None:
+    """One HTML page of all experiments in RUNS beside the paper's numbers: tables, figures; no network is needed to read it."""
+    with exit_codes():
+        _refuse_existing(out, overwrite)
+        quiet_libraries()
+        from prequant_ext import pipeline
+
+        pipeline.write_report(runs, out)
+        say(f"wrote {out}")
 
 
 @app.command(epilog="Example: prequant doctor --json")

@@ -16,6 +16,7 @@ from prequant_ext.console import say
 from prequant_ext.glue import train
 from prequant_ext.glue.experiments import EXPERIMENTS
 from prequant_ext.glue.models import resolve_model
+from prequant_ext.glue.page import RUNS_FILE, Study, page
 from prequant_ext.glue.runner import SEARCH_TASK, Plan, describe, identity, read_lines, run, scores_of
 from prequant_ext.glue.tables import markdown
 from prequant_ext.glue.tasks import get_task, load_rows
@@ -43,7 +44,7 @@ class _Companions:
 def model_config(path: str) -> Any:
     """transformers' config of a model. Raises FileNotFoundError where there is no such model."""
     try:
-        return model_config(path)
+        return AutoConfig.from_pretrained(path)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(f"no model at {path}: it is no directory with a config.json, and the hub did not give one ({reason})") from error
@@ -177,10 +178,13 @@ def merge_directory(name: str, task_file: Path | None, out: Path) -> int:
 
 def plan_experiment(
     name: str, model: str, task_names: str | None, seeds: str, search: str, data: str, data_dir: str | None, epochs: int, max_train: int | None
-) -> tuple[Plan, str]:
-    """The plan, and the folder of ``model``. Raises ValueError for wrong settings, and FileNotFoundError where a task's data is missing: not after an hour."""
+) -> tuple[Study, str]:
+    """The study, and the folder of ``model``.
+
+    Raises ValueError for wrong settings, and FileNotFoundError where a task's data is missing: now, and not after an hour.
+    """
     path = resolve_model(model)
-    blocks = getattr(AutoConfig.from_pretrained(path), "num_hidden_layers", 0)
+    blocks = getattr(model_config(path), "num_hidden_layers", 0)
     experiment = EXPERIMENTS[name](blocks)
     chosen = tuple(task_names.split(",")) if task_names else experiment.tasks
     try:
@@ -191,22 +195,30 @@ def plan_experiment(
     for task in sorted(needed):
         for split in ("train", "validation"):
             load_rows(get_task(task), split, data_dir, data)
-    return Plan(experiment, chosen, numbers, search, data, epochs, max_train), path
+    return Study(name, model, blocks, Plan(experiment, chosen, numbers, search, data, epochs, max_train)), path
 
 
-def run_experiment(plan: Plan, name: str, out: Path, model: str, path: str, data_dir: str | None, threads: int, jobs: int, only_list: bool) -> list[str]:
-    """Run what is missing, then print the table and write it to OUT/NAME.md; what failed comes back as messages."""
-    runs = out / "runs.jsonl"
-    if only_list:
-        lines = [line for line in read_lines(runs) if line["model"] == model]
-        done, missing = scores_of(lines), {identity(wanted): wanted for wanted in plan.possible(lines)}
-        for key, wanted in missing.items():
-            if key not in done:
-                print(describe(wanted))
-        say(f"{plan.expected()} runs in all, {len(set(missing) & set(done))} of them done; the list has those that can start now")
-        return []
-    failed = run(plan, runs, model, path, data_dir, threads, jobs, say)
-    table = "\n".join(markdown(plan, [line for line in read_lines(runs) if line["model"] == model]))
-    tasks.write_atomically(out / f"{name}.md", f"{table}\n".encode())
+def list_experiment(study: Study, out: Path) -> None:
+    """Print the runs that are missing and can start."""
+    lines = [line for line in read_lines(out / RUNS_FILE) if line["model"] == study.model]
+    done, possible = set(scores_of(lines)), {identity(wanted): wanted for wanted in study.plan.possible(lines)}
+    for key, wanted in possible.items():
+        if key not in done:
+            print(describe(wanted))
+    say(f"{study.plan.expected()} runs in all, {len(done & set(possible))} of them done; the list has those that can start now")
+
+
+def run_experiment(study: Study, path: str, out: Path, data_dir: str | None, threads: int, jobs: int) -> list[str]:
+    """Run what is missing, then print the table and write it to OUT/NAME.md; what failed comes back as messages. ``path``: the model's folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    study.write(out)
+    failed = run(study.plan, out / RUNS_FILE, study.model, path, data_dir, threads, jobs, say)
+    table = "\n".join(markdown(study.plan, [line for line in read_lines(out / RUNS_FILE) if line["model"] == study.model]))
+    tasks.write_atomically(out / f"{study.name}.md", f"{table}\n".encode())
     print(table)
     return failed
+
+
+def write_report(folder: Path, out: Path) -> None:
+    """The page of the experiments in ``folder``. Raises FileNotFoundError where there are none."""
+    tasks.write_atomically(out, page(folder).encode())

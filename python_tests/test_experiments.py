@@ -1,6 +1,8 @@
 """The paper's experiments: their arms, the order of their runs, what a restart skips, their tables."""
 
 import json
+import re
+import xml.etree.ElementTree
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,7 @@ from typer.testing import CliRunner
 from prequant_ext import cli
 from prequant_ext.baselines import METHODS
 from prequant_ext.config import PreQuantConfig
-from prequant_ext.glue import runner, tables, train
+from prequant_ext.glue import page, runner, tables, train
 from prequant_ext.glue.experiments import EXPERIMENTS, GRIDS, Arm, Experiment
 from prequant_ext.glue.runner import Plan, identity
 
@@ -124,6 +126,55 @@ def test_a_table_has_means_spreads_and_an_average_of_complete_tasks():
     assert "| ours | 81.00 ± 1.41 (2) |  | 81.00 | 10 | 2.0 MB | 31.0 |" in text
     assert "100 training rows" in text and "learning rates, fixed: ft 5e-05, prequant 0.005." in text
     assert tables.mean_and_spread([0.5]) == "50.00"
+
+
+def recorded(folder, names):
+    """Studies of three seeds whose every run has an arbitrary score."""
+    lines = {}
+    for name in names:
+        made = EXPERIMENTS[name](6)
+        whole = Plan(made, made.tasks, (0, 1, 2), "quick")
+        page.Study(name, "tiny", 6, whole).write(folder)
+        lines |= {identity(run): line(run, 0.7 + (len(identity(run)) % 7 + run["seed"]) / 50) for run in whole.possible([])}
+    (folder / "runs.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines.values()))
+    return lines
+
+
+def test_the_page_stands_alone(tmp_path):
+    lines = recorded(tmp_path, EXPERIMENTS)
+    report = tmp_path / "report.html"
+    assert CliRunner().invoke(cli.app, ["report", str(tmp_path), "-o", str(report)]).exit_code == 0
+    text = report.read_text()
+    assert text.count("<svg") == len(EXPERIMENTS) and text.count("<h2 id=") == len(EXPERIMENTS) and f"{len(lines)} runs of tiny" in text
+    parsed = xml.etree.ElementTree.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
+    assert parsed.tag.endswith("svg")
+    assert not re.search(r'(?:src|href)="(?!#)(?!http://www\.w3\.org)', re.sub(r"<svg.*?</svg>", "", text, flags=re.S)) and "<script" not in text
+    assert "65.4" not in text and "163.1" in text  # the paper's numbers stand beside ours
+    assert "a part of the training rows, not the whole task: sst2, qnli" in text
+    assert CliRunner().invoke(cli.app, ["report", str(tmp_path), "-o", str(report)]).exit_code == 2  # not overwritten unasked
+
+
+def test_a_page_of_what_has_run_so_far(tmp_path):
+    recorded(tmp_path, ["table3"])
+    first, *_ = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.jsonl").write_text(first)
+    assert "1 runs of tiny" in page.page(tmp_path) and page.page(tmp_path).count("<svg") == 1
+    (tmp_path / "runs.jsonl").write_text("")
+    assert "<svg" not in page.page(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no experiment: prequant experiment NAME -o"):
+        page.page(tmp_path / "nowhere")
+
+
+def test_markdown_becomes_html():
+    text = page.as_html("| a | b |\n|---|---|\n| 1 < 2 | 3 |\n\n- a note\n- another")
+    assert text == "<table>\n<tr><th>a</th><th>b</th></tr>\n<tr><td>1 &lt; 2</td><td>3</td></tr>\n</table>\n<ul>\n<li>a note</li>\n<li>another</li>\n</ul>"
+
+
+def test_a_study_is_read_as_it_was_written(tmp_path):
+    written = page.Study("table5", "tiny", 9, Plan(EXPERIMENTS["table5"](9), ("sst2",), (0, 3), "once", "synthetic", 2, 100))
+    written.write(tmp_path)
+    (read,) = page.read_studies(tmp_path)
+    assert read.plan.experiment == written.plan.experiment and [*read.plan.possible([])] == [*written.plan.possible([])]
 
 
 @pytest.mark.slow

@@ -1,0 +1,97 @@
+"""Figures of an experiment as SVG text, from its lines alone: score against what the arms differ in."""
+
+import io
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from prequant_ext.baselines import METHODS
+from prequant_ext.glue.experiments import Arm
+from prequant_ext.glue.runner import Line, Plan
+from prequant_ext.glue.tables import lines_of
+from prequant_ext.glue.tasks import get_task
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito: told apart by the colour-blind, too
+INK = "#333333"
+
+
+def _r_of(arm: Arm) -> float | None:
+    return float((arm.quantization or {}).get("r", 5)) if arm.method == "prequant" else None
+
+
+def _bits_of(arm: Arm) -> float | None:
+    return None if arm.quantization is None else float(arm.quantization.get("bits", 4))
+
+
+def _rows_of(arm: Arm) -> float | None:
+    return None if arm.max_train is None else float(arm.max_train)
+
+
+# What lies on the x axis of an experiment: its name, the arm's value, whether it is logarithmic. The others have a row for each arm.
+AXES: dict[str, tuple[str, Callable[[Arm], float | None], bool]] = {
+    "table4": ("outlier dimensions r", _r_of, True),
+    "table6": ("training rows", _rows_of, True),
+    "fig5": ("bits of a weight", _bits_of, False),
+}
+
+
+def figure(name: str, plan: Plan, lines: Sequence[Line]) -> str | None:
+    """SVG of the experiment called ``name``, a panel a task; None where nothing has run. Means over seeds, with whiskers of one standard deviation."""
+    from matplotlib.figure import Figure
+
+    tasks = [task for task in plan.tasks if any(lines_of(plan, arm, task, lines) for arm in plan.experiment.arms)]
+    if not tasks:
+        return None
+    height = 3.4 if name in AXES else 0.9 + 0.36 * len(plan.experiment.arms)
+    drawing = Figure(figsize=(4.6 * len(tasks) + 0.4, height), layout="constrained")
+    for axes, task in zip(drawing.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        (_curves if name in AXES else _rows)(axes, name, plan, task, lines)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(f"{task} ({get_task(task).metrics[0]})", fontsize=10, color=INK)
+    text = io.StringIO()
+    drawing.savefig(text, format="svg", metadata={"Date": None})
+    return re.sub(r"^.*?<svg", "<svg", text.getvalue(), flags=re.S)
+
+
+def _points(found: Sequence[Line]) -> tuple[float, float]:
+    scores = [100 * line["score"] for line in found]
+    return statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
+
+
+def _rows(axes: Any, name: str, plan: Plan, task: str, lines: Sequence[Line]) -> None:
+    """An arm a row. Points and not bars: the axis does not begin at 0."""
+    cells = [(arm, lines_of(plan, arm, task, lines)) for arm in plan.experiment.arms]
+    shown = [(arm, *_points(found)) for arm, found in cells if found][::-1]  # the first arm on top
+    positions = range(len(shown))
+    axes.errorbar([mean for _, mean, _ in shown], positions, xerr=[spread for *_, spread in shown], color=COLOURS[0], fmt="o", markersize=5, capsize=2)
+    axes.set_yticks(positions, [arm.title for arm, *_ in shown], fontsize=9)
+    axes.set_ylim(-0.6, len(shown) - 0.4)
+    axes.grid(axis="y", color="#e5e5e5")
+    axes.set_axisbelow(True)
+    for position, (_, mean, _) in zip(positions, shown, strict=True):
+        axes.annotate(f"{mean:.1f}", (mean, position), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8, color=INK)
+
+
+def _curves(axes: Any, name: str, plan: Plan, task: str, lines: Sequence[Line]) -> None:
+    label, value_of, is_logarithmic = AXES[name]
+    by_method: dict[str, list[tuple[float, float, float]]] = {}
+    for arm in plan.experiment.arms:
+        found, value = lines_of(plan, arm, task, lines), value_of(arm)
+        if found and value is not None:
+            by_method.setdefault(arm.method, []).append((value, *_points(found)))
+        elif found:
+            mean, _ = _points(found)
+            axes.axhline(mean, color=INK, linewidth=1, linestyle="--")
+            axes.text(0.99, mean, arm.title, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8, color=INK)
+    for colour, (method, points) in zip(COLOURS, by_method.items(), strict=False):
+        values, means, spreads = zip(*sorted(points), strict=True)
+        axes.errorbar(values, means, spreads, color=colour, marker="o", markersize=4, capsize=2, label=METHODS[method].title)
+    ticks = sorted({value for points in by_method.values() for value, *_ in points})
+    if is_logarithmic:
+        axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(label, fontsize=9, color=INK)
+    if len(by_method) > 1:
+        axes.legend(frameon=False, fontsize=8)
