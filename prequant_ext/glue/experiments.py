@@ -49,7 +49,8 @@ class Experiment:
 
 
 def _prequant(title: str, **changes: Any) -> Arm:
-    return Arm(title, "prequant", changes)
+    """With the settings that are no defaults: those that are would make another run of the same."""
+    return Arm(title, "prequant", {name: value for name, value in changes.items() if value != getattr(PreQuantConfig(), name)})
 
 
 FT = Arm("full fine-tuning", "ft")
@@ -80,12 +81,12 @@ def table2(blocks: int) -> Experiment:
 
 def table3(blocks: int) -> Experiment:
     strategies = ("min_max", "outlier_aware", "mse", "row_wise")
-    arms = tuple(PREQUANT if name == "outlier_aware" else _prequant(name, strategy=name) for name in strategies)
+    arms = tuple(_prequant(name, strategy=name) for name in strategies)
     return Experiment("Quantization strategies: error and score (Table 3)", arms)
 
 
 def table4(blocks: int) -> Experiment:
-    arms = tuple(PREQUANT if r == PreQuantConfig.r else _prequant(f"r = {r}", r=r) for r in TABLE4_R)
+    arms = tuple(_prequant(f"r = {r}", r=r) for r in TABLE4_R)
     return Experiment("Outlier dimensions of a matrix (Table 4)", (*arms, FT))
 
 
@@ -99,7 +100,7 @@ def table5(blocks: int) -> Experiment:
         return {f"layers.{first}-{last}": 2}
 
     arms = (
-        PREQUANT,
+        _prequant("4 bits everywhere"),
         _prequant("2 bits on the bottom third", layer_bits=rule(0, third - 1)),
         _prequant("2 bits on the bottom two thirds", layer_bits=rule(0, two_thirds - 1)),
         _prequant("2 bits on the top third", layer_bits=rule(blocks - third, blocks - 1)),
@@ -120,7 +121,8 @@ def fig3(blocks: int) -> Experiment:
 
 def fig5(blocks: int) -> Experiment:
     methods = (("PTQ", "ptq"), ("QAT", "qat"), ("PreQuant", "prequant"))
-    arms = [Arm(f"{title}, {bits} bit", method, {} if bits == PreQuantConfig.bits else {"bits": bits}) for bits in FIGURE5_BITS for title, method in methods]
+    changes = {bits: {} if bits == PreQuantConfig.bits else {"bits": bits} for bits in FIGURE5_BITS}
+    arms = [Arm(f"{title}, {bits} bit", method, changes[bits]) for bits in FIGURE5_BITS for title, method in methods]
     return Experiment("Bits of a weight (Figure 5)", (FT, *arms), ("sst2",))
 
 
