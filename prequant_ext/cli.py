@@ -13,7 +13,7 @@ import typer
 
 from prequant_ext.config import SELECTOR_NAMES, STRATEGY_NAMES, PreQuantConfig
 from prequant_ext.console import FAILED, OK, exit_codes, quiet_libraries, say, show, show_json
-from prequant_ext.glue.experiments import EXPERIMENTS
+from prequant_ext.glue.experiments import ERROR_MAP, EXPERIMENTS
 from prequant_ext.glue.runner import SEARCHES
 from prequant_ext.glue.tasks import DATA_DIR_VARIABLE, TASKS
 
@@ -25,7 +25,7 @@ Selector = Enum("Selector", {name: name for name in SELECTOR_NAMES}, type=str)  
 Axis = Enum("Axis", {name: name for name in ("hidden", "input", "output")}, type=str)  # type: ignore[misc]
 Granularity = Enum("Granularity", {name: name for name in ("token", "tensor")}, type=str)  # type: ignore[misc]
 Init = Enum("Init", {name: name for name in ("original", "dequantized")}, type=str)  # type: ignore[misc]
-Named = Enum("Named", {name: name for name in EXPERIMENTS}, type=str)  # type: ignore[misc]
+Named = Enum("Named", {name: name for name in (*EXPERIMENTS, ERROR_MAP)}, type=str)  # type: ignore[misc]
 Search = Enum("Search", {name: name for name in SEARCHES}, type=str)  # type: ignore[misc]
 TaskName = Enum("TaskName", {name: name for name in TASKS}, type=str)  # type: ignore[misc]
 
@@ -337,12 +337,18 @@ def experiment(
     threads: Annotated[int, typer.Option(help="of each run")] = 1,
     only_list: Annotated[bool, typer.Option("--list", help="say which runs are missing, and start none")] = False,
 ) -> None:
-    """Train every row of a table or figure of the paper, and print the table. What OUT/runs.jsonl has is not run again."""
+    """Train every row of a table or figure of the paper, and print the table. What OUT/runs.jsonl has is not run again.
+
+    fig4 trains nothing: it is the quantization error of each matrix.
+    """
     with exit_codes():
         quiet_libraries()
         from prequant_ext import pipeline
 
         rates = "quick" if quick else search.value
+        if name.value == ERROR_MAP:
+            pipeline.measure_errors(model, out)
+            return say(f"wrote {out / 'fig4.json'}; prequant report draws it")
         study, path = pipeline.plan_experiment(name.value, model, tasks, seeds, rates, data.value, data_dir, epochs, max_train)
         if only_list:
             return pipeline.list_experiment(study, out)

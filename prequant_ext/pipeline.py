@@ -14,6 +14,7 @@ from prequant_ext import task as tasks
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.console import say
 from prequant_ext.glue import train
+from prequant_ext.glue.error_map import error_map, write_error_map
 from prequant_ext.glue.experiments import EXPERIMENTS
 from prequant_ext.glue.models import resolve_model
 from prequant_ext.glue.page import RUNS_FILE, Study, page
@@ -217,6 +218,12 @@ def run_experiment(study: Study, path: str, out: Path, data_dir: str | None, thr
     tasks.write_atomically(out / f"{study.name}.md", f"{table}\n".encode())
     print(table)
     return failed
+
+
+def measure_errors(model: str, out: Path) -> None:
+    """Write the error map of a float model to OUT."""
+    loaded = AutoModel.from_pretrained(resolve_model(model), dtype=torch.float32)
+    write_error_map(out, model, error_map(loaded))
 
 
 def write_report(folder: Path, out: Path) -> None:

@@ -7,14 +7,16 @@ from dataclasses import replace
 
 import pytest
 from tiny_checkpoint import save_float_model
+from tiny_models import Plain, tiny_model
 from typer.testing import CliRunner
 
 from prequant_ext import cli
 from prequant_ext.baselines import METHODS
 from prequant_ext.config import PreQuantConfig
-from prequant_ext.glue import page, runner, tables, train
+from prequant_ext.glue import error_map, page, runner, tables, train
 from prequant_ext.glue.experiments import EXPERIMENTS, GRIDS, Arm, Experiment
 from prequant_ext.glue.runner import Plan, identity
+from prequant_ext.linear import PreQuantLinear
 
 SMALL = Experiment("two arms", (Arm("full", "ft"), Arm("ours", "prequant", {"r": 3})), ("sst2",))
 
@@ -163,6 +165,24 @@ def test_a_page_of_what_has_run_so_far(tmp_path):
     assert "<svg" not in page.page(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no experiment: prequant experiment NAME -o"):
         page.page(tmp_path / "nowhere")
+
+
+def test_the_error_map_has_every_matrix_and_strategy(tmp_path):
+    model = tiny_model("bert")
+    errors = error_map.error_map(model)
+    assert len(errors) == 4 * 12 and {error.block for error in errors} == {0, 1} and "attention.self.query" in {error.matrix for error in errors}
+    one = next(error for error in errors if (error.strategy, error.block, error.matrix) == ("outlier_aware", 1, "output.dense"))
+    linear = model.bert.encoder.layer[1].output.dense
+    dense = PreQuantLinear.from_linear(linear, PreQuantConfig(r=0), axis="output").dequantize()
+    assert one.error == pytest.approx(((dense - linear.weight).norm() / linear.weight.norm()).item(), rel=1e-5)
+    assert sum(error.error for error in errors if error.strategy == "mse") <= sum(error.error for error in errors if error.strategy == "min_max")
+    with pytest.raises(ValueError, match="the blocks of Plain are not known"):
+        error_map.error_map(Plain())
+
+    float_model = save_float_model(tmp_path / "float")
+    done = CliRunner().invoke(cli.app, ["experiment", "fig4", "--model", float_model, "-o", str(tmp_path / "runs")])
+    assert done.exit_code == 0, done.output
+    assert page.page(tmp_path / "runs").count("<svg") == 1
 
 
 def test_markdown_becomes_html():

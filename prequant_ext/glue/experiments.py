@@ -28,6 +28,7 @@ GRIDS: dict[str, tuple[float, ...]] = {
 TABLE4_R = (1, 3, 5, 10, 20, 96, 384)
 TABLE6_ROWS = (500, 1000, 2000, 4000, 8000)
 FIGURE5_BITS = (2, 3, 4, 8)
+ERROR_MAP = "fig4"  # which trains nothing: error_map.py
 
 
 @dataclass(frozen=True)

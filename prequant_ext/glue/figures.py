@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from prequant_ext.baselines import METHODS
+from prequant_ext.glue.error_map import MatrixError
 from prequant_ext.glue.experiments import Arm
 from prequant_ext.glue.runner import Line, Plan
 from prequant_ext.glue.tables import lines_of
@@ -36,6 +37,31 @@ AXES: dict[str, tuple[str, Callable[[Arm], float | None], bool]] = {
 }
 
 
+def heat_map(errors: Sequence[MatrixError]) -> str:
+    """SVG of an error map: a panel a strategy, a row a block, a column a matrix; one scale of colours for all."""
+    from matplotlib.figure import Figure
+
+    strategies, matrices = (list(dict.fromkeys(getattr(error, name) for error in errors)) for name in ("strategy", "matrix"))
+    blocks = max(error.block for error in errors) + 1
+    drawing = Figure(figsize=(3.1 * len(strategies) + 0.6, 1.9 + 0.3 * blocks), layout="constrained")
+    panels = drawing.subplots(1, len(strategies), squeeze=False, sharey=True)[0]
+    for axes, strategy in zip(panels, strategies, strict=True):
+        values = [[float("nan")] * len(matrices) for _ in range(blocks)]
+        for error in errors:
+            if error.strategy == strategy:
+                values[error.block][matrices.index(error.matrix)] = 100 * error.error
+        image = axes.imshow(values, cmap="viridis", vmin=0, vmax=100 * max(error.error for error in errors), aspect="auto")
+        for block, row in enumerate(values):
+            for column, value in enumerate(row):
+                axes.text(column, block, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if image.norm(value) < 0.7 else "black")
+        axes.set_xticks(range(len(matrices)), matrices, rotation=40, ha="right", fontsize=8)
+        axes.set_yticks(range(blocks))
+        axes.set_title(strategy, fontsize=10, color=INK)
+    panels[0].set_ylabel("block", fontsize=9, color=INK)
+    drawing.colorbar(image, ax=panels, label="||w' - w|| / ||w||, %")
+    return _svg(drawing)
+
+
 def figure(name: str, plan: Plan, lines: Sequence[Line]) -> str | None:
     """SVG of the experiment called ``name``, a panel a task; None where nothing has run. Means over seeds, with whiskers of one standard deviation."""
     from matplotlib.figure import Figure
@@ -49,6 +75,10 @@ def figure(name: str, plan: Plan, lines: Sequence[Line]) -> str | None:
         (_curves if name in AXES else _rows)(axes, name, plan, task, lines)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(f"{task} ({get_task(task).metrics[0]})", fontsize=10, color=INK)
+    return _svg(drawing)
+
+
+def _svg(drawing: Any) -> str:
     text = io.StringIO()
     drawing.savefig(text, format="svg", metadata={"Date": None})
     return re.sub(r"^.*?<svg", "<svg", text.getvalue(), flags=re.S)

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from prequant_ext.glue.error_map import read_error_map
 from prequant_ext.glue.experiments import EXPERIMENTS
-from prequant_ext.glue.figures import figure
+from prequant_ext.glue.figures import figure, heat_map
 from prequant_ext.glue.paper import PAPER
 from prequant_ext.glue.runner import Line, Plan, read_lines
 from prequant_ext.glue.tables import markdown
@@ -39,7 +40,7 @@ svg { max-width: 100%; height: auto; display: block; margin: 1rem 0; } nav a { m
 <nav>{% for section in sections %}<a href="#{{ section.name }}">{{ section.name }}</a>{% endfor %}</nav>
 {% for section in sections %}
 <h2 id="{{ section.name }}">{{ section.title }}, {{ section.model }}</h2>
-{{ section.table | safe }}
+{% if section.table %}{{ section.table | safe }}{% endif %}
 {% if section.figure %}{{ section.figure | safe }}{% endif %}
 {% if section.paper %}<details class="paper" open><summary>the paper's numbers, for larger models</summary>{{ section.paper | safe }}</details>{% endif %}
 {% endfor %}
@@ -71,9 +72,9 @@ class Study:
 
 
 def read_studies(folder: Path) -> list[Study]:
-    """In the order of EXPERIMENTS. Raises FileNotFoundError where the folder has none."""
+    """In the order of EXPERIMENTS. Raises FileNotFoundError where the folder has none, nor an error map."""
     found = {study.name: study for study in map(Study.read, folder.glob(f"*{PLAN_SUFFIX}"))}
-    if not found:
+    if not found and read_error_map(folder) is None:
         raise FileNotFoundError(f"{folder} holds no experiment: prequant experiment NAME -o {folder} makes one")
     return [found[name] for name in EXPERIMENTS if name in found]
 
@@ -97,7 +98,11 @@ def page(folder: Path) -> str:
                 "paper": as_html(PAPER.get(each.name, "")),
             }
         )
-    models = sorted({each.model for each in studies})
+    found = read_error_map(folder)
+    if found is not None:
+        model, errors = found
+        sections.append({"name": "fig4", "title": "Quantization error of each matrix (Figure 4)", "model": model, "figure": heat_map(errors)})
+    models = sorted({str(section["model"]) for section in sections})
     return Environment(autoescape=True).from_string(TEMPLATE).render(sections=sections, runs=len(lines), models=models)
 
 
