@@ -335,6 +335,7 @@ def experiment(
     data: Data = Source.glue,
     jobs: Annotated[int, typer.Option("-j", "--jobs", help="runs side by side")] = 1,
     threads: Annotated[int, typer.Option(help="of each run")] = 1,
+    processes: Annotated[int, typer.Option(help="of each run, one a GPU, started by torchrun")] = 1,
     only_list: Annotated[bool, typer.Option("--list", help="say which runs are missing, and start none")] = False,
 ) -> None:
     """Train every row of a table or figure of the paper, and print the table. What OUT/runs.jsonl has is not run again.
@@ -352,7 +353,7 @@ def experiment(
         study, path = pipeline.plan_experiment(name.value, model, tasks, seeds, rates, data.value, data_dir, epochs, max_train)
         if only_list:
             return pipeline.list_experiment(study, out)
-        failed = pipeline.run_experiment(study, path, out, data_dir, threads, jobs)
+        failed = pipeline.run_experiment(study, path, out, data_dir, threads, jobs, processes)
         if failed:
             say(f"{len(failed)} runs failed; the same command tries them again")
             raise typer.Exit(FAILED)

@@ -209,11 +209,11 @@ def list_experiment(study: Study, out: Path) -> None:
     say(f"{study.plan.expected()} runs in all, {len(done & set(possible))} of them done; the list has those that can start now")
 
 
-def run_experiment(study: Study, path: str, out: Path, data_dir: str | None, threads: int, jobs: int) -> list[str]:
+def run_experiment(study: Study, path: str, out: Path, data_dir: str | None, threads: int, jobs: int, processes: int) -> list[str]:
     """Run what is missing, then print the table and write it to OUT/NAME.md; what failed comes back as messages. ``path``: the model's folder."""
     out.mkdir(parents=True, exist_ok=True)
     study.write(out)
-    failed = run(study.plan, out / RUNS_FILE, study.model, path, data_dir, threads, jobs, say)
+    failed = run(study.plan, out / RUNS_FILE, study.model, path, data_dir, threads, jobs, say, processes)
     table = "\n".join(markdown(study.plan, [line for line in read_lines(out / RUNS_FILE) if line["model"] == study.model]))
     tasks.write_atomically(out / f"{study.name}.md", f"{table}\n".encode())
     print(table)

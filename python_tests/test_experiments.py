@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from prequant_ext import cli
 from prequant_ext.baselines import METHODS
 from prequant_ext.config import PreQuantConfig
-from prequant_ext.glue import error_map, page, runner, tables, train
+from prequant_ext.glue import error_map, metrics, page, runner, tables, train
 from prequant_ext.glue.experiments import EXPERIMENTS, GRIDS, Arm, Experiment
 from prequant_ext.glue.runner import Plan, identity
 from prequant_ext.linear import PreQuantLinear
@@ -95,7 +95,7 @@ def test_a_rate_searched_once_serves_every_arm_of_its_method():
 def test_a_restart_runs_what_is_missing(tmp_path, monkeypatch):
     calls = []
 
-    def perform(settings, threads):
+    def perform(settings, threads, processes):
         calls.append(settings)
         if settings["seed"] == 1 and settings["method"] == "ft" and len(calls) < 20:
             raise RuntimeError("exit code -9")
@@ -195,6 +195,18 @@ def test_a_study_is_read_as_it_was_written(tmp_path):
     written.write(tmp_path)
     (read,) = page.read_studies(tmp_path)
     assert read.plan.experiment == written.plan.experiment and [*read.plan.possible([])] == [*written.plan.possible([])]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_run(tmp_path):
+    """By torchrun on gloo: one line, of the whole validation set in its order; the batch is that of both together."""
+    float_model = save_float_model(tmp_path / "float")
+    wanted = plan(data="synthetic", epochs=2, max_train=256).settings(SMALL.arms[1], "sst2", 1e-2, 0)
+    found = runner.perform({**wanted, "model": float_model, "data_dir": None}, 1, processes=2)
+    predictions, labels = (metrics.unpack(found[key], is_regression=False) for key in ("predictions", "labels"))
+    assert len(labels) == 128 and (predictions == labels).mean() == found["score"] and found["n_train"] == 256
+    with pytest.raises(RuntimeError, match="batch_size must be a multiple of the 2 processes, got 31"):
+        runner.perform({**wanted, "batch_size": 31, "model": float_model, "data_dir": None}, 1, processes=2)
 
 
 @pytest.mark.slow

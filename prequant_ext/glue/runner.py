@@ -119,13 +119,17 @@ def read_lines(path: Path) -> list[Line]:
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def perform(settings: dict[str, Any], threads: int) -> Line:
-    """Train in a process of its own: peak memory is per process, and threads are set before torch starts. Raises RuntimeError with what it said."""
+def perform(settings: dict[str, Any], threads: int, processes: int = 1) -> Line:
+    """Train in a process of its own: peak memory is per process, and threads are set before torch starts. Several ``processes``, one a GPU, by torchrun.
+
+    Raises RuntimeError with what it said.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "prequant_ext.glue.worker", json.dumps(settings)]
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *launcher, "-m", "prequant_ext.glue.worker", json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"exit code {done.returncode}:\n{done.stderr.strip()[-2000:]}")
+        raise RuntimeError(f"exit code {done.returncode}:\n{done.stderr.strip()[-6000:]}")
     return json.loads(done.stdout)
 
 
@@ -147,10 +151,10 @@ class Progress:
         return f"{self.done} of {self.total} runs done, about {minutes:.0f} minutes left"
 
 
-def run(plan: Plan, out: Path, model: str, path: str, data_dir: str | None, threads: int, jobs: int, say: Any) -> list[str]:
+def run(plan: Plan, out: Path, model: str, path: str, data_dir: str | None, threads: int, jobs: int, say: Any, processes: int = 1) -> list[str]:
     """Append the missing runs of ``plan`` to ``out``, ``jobs`` at a time; what failed comes back as messages.
 
-    ``model`` is the name that the lines keep, ``path`` the folder it has here.
+    ``model`` is the name that the lines keep, ``path`` the folder it has here; ``threads`` and ``processes`` are of each run.
     """
     lines = read_lines(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +174,7 @@ def run(plan: Plan, out: Path, model: str, path: str, data_dir: str | None, thre
             taken = done | {identity(wanted) for wanted in running.values()} | set(failed)
             for key, wanted in possible.items():
                 if len(running) < jobs and key not in taken:
-                    running[pool.submit(perform, {**wanted, "model": path, "data_dir": data_dir}, threads)] = wanted
+                    running[pool.submit(perform, {**wanted, "model": path, "data_dir": data_dir}, threads, processes)] = wanted
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:

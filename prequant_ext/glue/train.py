@@ -139,10 +139,14 @@ class RunResult:
 
 
 def _arguments(settings: Settings, folder: Path, saves: bool) -> TrainingArguments:
+    """Raises ValueError where the processes of torchrun do not divide the batch: it is that of all of them together."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.batch_size % processes:
+        raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {settings.batch_size}")
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // processes,
         per_device_eval_batch_size=EVAL_BATCH,
         learning_rate=settings.learning_rate,
         weight_decay=WEIGHT_DECAY,
