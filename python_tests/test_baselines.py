@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import RobertaConfig, RobertaModel
 
-from prequant_ext.baselines import METHODS, Options, alphatuning, lora, prequant_ticket, ptq, qat, qat_vanilla, quadapter
+from prequant_ext.baselines import METHODS, Options, alphatuning, lora, prequant_ticket, ptq, qat_vanilla, quadapter
 from prequant_ext.baselines.calibration import Activations, observe
 from prequant_ext.baselines.fake_quantization import in_range, learned_step
 from prequant_ext.baselines.matrices import matrices_of
@@ -71,7 +71,7 @@ def test_what_trains_is_what_is_named(name):
     changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
     assert changed <= set(trained)
     # Rows of tables that no token of this batch asks for stay, and the key's bias cancels in the softmax: a rounding error moves it, or none.
-    assert {key for key in trained if "embeddings" not in key and "key.bias" not in key and "attention" not in key} <= changed
+    assert {key for key in trained if "embeddings" not in key and "key.bias" not in key} <= changed
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -81,7 +81,7 @@ def test_prepared_models_say_much_the_same(name):
     model, _ = prepared(name)
     with torch.no_grad():
         error = (model.eval()(input_ids=token_ids()).logits - expected).norm() / expected.norm()
-    assert error < {"ft": 1e-6, "bitfit": 1e-6, "lora": 1e-6, "quadapter": 0.05}.get(name, 0.8), error
+    assert error < {"ft": 1e-6, "bitfit": 1e-6, "lora": 1e-6, "quadapter": 0.05, "qat": 0.7}.get(name, 0.6), error
 
 
 def test_all_change_the_same_matrices():
@@ -211,7 +211,7 @@ def test_qat_computes_with_codes():
     name = matrices(tiny_model("bert"))[0]
     layer = model.get_submodule(name)
     N, K = layer.weight.shape
-    codes = (qat.quantized_weights(model)[name].view(N, K // 16, 16) / layer.weight_scale).detach()
+    codes = (layer.quantized_weight().view(N, K // 16, 16) / layer.weight_scale).detach()
     assert (codes - codes.round()).abs().max() < 1e-4 and codes.min() >= -8 and codes.max() <= 7
     assert {f"{name}.weight", f"{name}.weight_scale", f"{name}.activation_scale"} <= set(trained)
     assert "bert.encoder.layer.0.attention.self.query.activation_scale" not in prepared("qat", config=dataclasses.replace(CONFIG, activation_bits=None))[1]

@@ -29,6 +29,10 @@ class Activations:
         self.count += x.numel()
 
 
+def without_labels(batch: Batch) -> dict[str, Tensor]:
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
 @torch.no_grad()
 def observe(model: nn.Module, names: Iterable[str], batches: Sequence[Batch]) -> dict[str, Activations]:
     """Run ``batches`` in eval mode and see what enters the modules called ``names``.
@@ -54,7 +58,7 @@ def observe(model: nn.Module, names: Iterable[str], batches: Sequence[Batch]) ->
     model.eval()
     try:
         for batch in batches:
-            model(**{key: value for key, value in batch.items() if key != "labels"})
+            model(**without_labels(batch))
     finally:
         model.train(was_training)
         for handle in handles:

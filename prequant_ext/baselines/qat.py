@@ -1,6 +1,5 @@
 """Quantization-aware training: float weights that are rounded to b-bit codes in every forward pass, in groups, with scales learned beside them (LSQ)."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -50,9 +49,3 @@ def prepare(model: nn.Module, options: Options) -> None:
 def trainables(model: nn.Module) -> dict[str, nn.Parameter]:
     """All weights, the scales among them."""
     return train_only(model, [name for name, _ in model.named_parameters()])
-
-
-def quantized_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Matrix name -> the values that it multiplies with, (N, K)."""
-    with torch.no_grad():
-        return {name: module.quantized_weight() for name, module in model.named_modules() if isinstance(module, LearnedStepLinear)}

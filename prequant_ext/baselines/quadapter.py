@@ -5,12 +5,14 @@
 Without the quantizers s cancels. It is set block by block, so that a block's output stays what it was (L2), and then trained on the task; weights are frozen.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from prequant_ext.baselines.calibration import without_labels
 from prequant_ext.baselines.fake_quantization import in_own_range
 from prequant_ext.baselines.matrices import matrices_of, parameters_called, replace_matrices, train_only
 from prequant_ext.baselines.options import Batch, Options
@@ -82,8 +84,11 @@ def _calibrate(model: nn.Module, blocks: list[str], options: Options) -> None:
         model.train(was_training)
 
 
-def _calls(model: nn.Module, block: nn.Module, batches: Any) -> list[tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
-    """For each batch what the block is called with and what it returns, with the quantizers off."""
+def _calls(model: nn.Module, block: nn.Module, batches: Sequence[Batch]) -> list[tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
+    """For each batch what the block is called with and what it returns, with the quantizers off.
+
+    A pass through the model for every block: those of all blocks at once would take as many times the memory.
+    """
     found: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
     handle = block.register_forward_hook(lambda _, arguments, named, output: found.append((arguments, named, _first(output))), with_kwargs=True)
     layers = [module for module in model.modules() if isinstance(module, ScaledLinear)]
@@ -92,16 +97,12 @@ def _calls(model: nn.Module, block: nn.Module, batches: Any) -> list[tuple[tuple
             layer.is_quantized = False
         with torch.no_grad():
             for batch in batches:
-                model(**_inputs(batch))
+                model(**without_labels(batch))
     finally:
         for layer in layers:
             layer.is_quantized = True
         handle.remove()
     return found
-
-
-def _inputs(batch: Batch) -> dict[str, Tensor]:
-    return {key: value for key, value in batch.items() if key != "labels"}
 
 
 def _first(output: Any) -> Tensor:

@@ -71,7 +71,7 @@ def table2(blocks: int) -> Experiment:
         FT,
         Arm("Quadapter, 8 bit", "quadapter", {}),
         Arm("AlphaTuning, 4 bit", "alphatuning", {}),
-        Arm("PreQuant-alpha, 4 bit", "prequant_alpha", {"r": 0, "train_scales": True}),
+        Arm("PreQuant-alpha, 4 bit", "prequant_alpha", {}),
         PREQUANT,
         Arm("LoRA on the 4-bit base, r = 8", "qlora", {}),
         Arm("BitFit, float", "bitfit"),

@@ -11,7 +11,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -93,14 +92,8 @@ class Plan:
         if self.search == "each":
             yield from (self.settings(arm, task, lr, self.seeds[0]) for lr in GRIDS[arm.method])
         elif self.search == "once":
-            plain = Arm(arm.method, arm.method, self._plain_quantization(arm), seeds_selector=arm.seeds_selector)
+            plain = Arm(arm.method, arm.method, None if arm.quantization is None else {}, seeds_selector=arm.seeds_selector)
             yield from (self.settings(plain, SEARCH_TASK, lr, self.seeds[0], SEARCH_EPOCHS) for lr in GRIDS[arm.method])
-
-    @staticmethod
-    def _plain_quantization(arm: Arm) -> dict[str, Any] | None:
-        if arm.quantization is None:
-            return None
-        return {name: arm.quantization[name] for name in ("r", "train_scales") if arm.quantization.get("train_scales") and name in arm.quantization}
 
 
 def identity(wanted: Wanted) -> str:
@@ -141,7 +134,6 @@ class Progress:
     done: int
     jobs: int
     seconds: list[float] = field(default_factory=list)
-    began: float = field(default_factory=time.monotonic)
 
     def __str__(self) -> str:
         left = max(0, self.total - self.done)
