@@ -1,0 +1,71 @@
+"""experiment, report: the paper's tables and figures."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prequant_ext.cli.app import app
+from prequant_ext.cli.options import Data, DataDir, Overwrite, Source, refuse_existing
+from prequant_ext.console import FAILED, exit_codes, quiet_libraries, say
+from prequant_ext.glue.experiments import ERROR_MAP, EXPERIMENTS
+from prequant_ext.glue.runner import SEARCHES
+
+Named = Enum("Named", {name: name for name in (*EXPERIMENTS, ERROR_MAP)}, type=str)  # type: ignore[misc]
+Search = Enum("Search", {name: name for name in SEARCHES}, type=str)  # type: ignore[misc]
+
+
+@app.command(epilog="Example: prequant experiment table3 --quick --tasks sst2 --seeds 0 -j 2 -o runs")
+def experiment(
+    name: Annotated[Named, typer.Argument(help="a table or figure of the paper")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder of runs.jsonl, which all experiments share, and NAME.md, the table")],
+    model: Annotated[str, typer.Option(help="float model: a directory, a name on the hub, or minilm")] = "minilm",
+    tasks: Annotated[str | None, typer.Option(help="of GLUE, separated by commas (default: those of the experiment)")] = None,
+    seeds: Annotated[str, typer.Option(help="separated by commas; the lowest one searches learning rates")] = "0,1,2",
+    search: Annotated[Search, typer.Option(help="of learning rates: for each row and task, once a method, or quick, none")] = Search.each,  # type: ignore[attr-defined]
+    quick: Annotated[bool, typer.Option("--quick", help="the same as --search quick: one learning rate a method")] = False,
+    epochs: int = 3,
+    max_train: Annotated[int | None, typer.Option(help="training rows of every task (default: 4000 of sst2 and qnli, all of the others)")] = None,
+    data_dir: DataDir = None,
+    data: Data = Source.glue,
+    jobs: Annotated[int, typer.Option("-j", "--jobs", help="runs side by side")] = 1,
+    threads: Annotated[int, typer.Option(help="of each run")] = 1,
+    processes: Annotated[int, typer.Option(help="of each run, one a GPU, started by torchrun")] = 1,
+    only_list: Annotated[bool, typer.Option("--list", help="say which runs are missing, and start none")] = False,
+) -> None:
+    """Train every row of a table or figure of the paper, and print the table. What OUT/runs.jsonl has is not run again.
+
+    fig4 trains nothing: it is the quantization error of each matrix.
+    """
+    with exit_codes():
+        quiet_libraries()
+        from prequant_ext import pipeline
+
+        rates = "quick" if quick else search.value
+        if name.value == ERROR_MAP:
+            pipeline.measure_errors(model, out)
+            return say(f"wrote {out / 'fig4.json'}; prequant report draws it")
+        study, path = pipeline.plan_experiment(name.value, model, tasks, seeds, rates, data.value, data_dir, epochs, max_train)
+        if only_list:
+            return pipeline.list_experiment(study, out)
+        failed = pipeline.run_experiment(study, path, out, data_dir, threads, jobs, processes)
+        if failed:
+            say(f"{len(failed)} runs failed; the same command tries them again")
+            raise typer.Exit(FAILED)
+
+
+@app.command(epilog="Example: prequant report runs -o report.html")
+def report(
+    runs: Annotated[Path, typer.Argument(help="the folder that prequant experiment wrote")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="an HTML file")],
+    overwrite: Overwrite = False,
+) -> None:
+    """One HTML page of all experiments in RUNS beside the paper's numbers: tables, figures; no network is needed to read it."""
+    with exit_codes():
+        refuse_existing(out, overwrite)
+        quiet_libraries()
+        from prequant_ext import pipeline
+
+        pipeline.write_report(runs, out)
+        say(f"wrote {out}")
