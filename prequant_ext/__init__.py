@@ -6,7 +6,8 @@ from prequant_ext.config import PreQuantConfig
 from prequant_ext.embedding import PreQuantEmbedding
 from prequant_ext.families import FAMILIES, Family
 from prequant_ext.linear import PreQuantLinear
-from prequant_ext.model import PlanRow, Report, merge, plan, quantize_model, trainable_parameters
+from prequant_ext.model import PlanRow, Report, plan, quantize_model, trainable_parameters
+from prequant_ext.task import active_task, add_task, list_tasks, load_task, merge, remove_task, save_task, set_task, task_parameters
 
 if importlib.util.find_spec("transformers") is not None:
     from prequant_ext import hf, t5_encoder  # noqa: F401  transformers finds no plug-ins by itself: importing this package registers ours
@@ -20,8 +21,16 @@ __all__ = [
     "PreQuantEmbedding",
     "PreQuantLinear",
     "Report",
+    "active_task",
+    "add_task",
+    "list_tasks",
+    "load_task",
     "merge",
     "plan",
     "quantize_model",
+    "remove_task",
+    "save_task",
+    "set_task",
+    "task_parameters",
     "trainable_parameters",
 ]

@@ -31,6 +31,8 @@ class PreQuantLinear(FrozenWeight):
     Raises ValueError if r exceeds the sliced axis, if a group or the hidden size does not divide K, or on non-finite weights.
     """
 
+    row_weights: Callable[[], Tensor | None] | None = None  # in a model with tasks: outlier weights for each row of a mixed batch, (B, N, r) or (B, r, K)
+
     def __init__(
         self,
         in_features: int,
@@ -173,6 +175,9 @@ class PreQuantLinear(FrozenWeight):
         K = x.shape[-1]
         if self.in_features != K:  # the packed row alone cannot tell an odd K from the next even one
             raise ValueError(f"x has K = {K} but the layer has in_features = {self.in_features}")
+        row_weights = None if self.row_weights is None else self.row_weights()
+        if row_weights is not None:
+            return self._forward_mixed(x, row_weights)
         rows = x if x.dim() == 2 else x.reshape(-1, K)
         own: dict[str, Any] = self._parameters  # an attribute costs Module a search, and a layer of one token is done in a few microseconds
         weight = (own["weight_packed"], own["weight_scale"], own["weight_zero_point"], own["outlier_dims"], own["outlier_weight"])
@@ -186,6 +191,35 @@ class PreQuantLinear(FrozenWeight):
                 quantized = ops.quantize_activations(rows.detach(), self.per_token, self.group_size, self.outlier_dims if self.raw_outliers else None)
             y = ops.linear_w4a8(rows, *quantized, *weight, bias, self.bits, axis, self.raw_outliers, self.out_features, self.per_token)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+
+    def _forward_mixed(self, x: Tensor, row_weights: Tensor) -> Tensor:
+        """:meth:`forward` where each of the batch's B rows has outlier weights of its own: the frozen product of all rows, then one batched product."""
+        B, rows = len(row_weights), x.reshape(-1, self.in_features)
+        if len(rows) % B or (x.dim() > 2 and len(x) != B):
+            raise ValueError(f"x must have the batch's {B} rows, a task each, got shape {tuple(x.shape)}: this layer is not called row by row")
+        axis, nothing = AXES[self.axis], self.outlier_weight.detach()
+        nothing = nothing[:, :0] if self.axis == "input" else nothing[:0]
+        weight = (self.weight_packed, self.weight_scale, self.weight_zero_point, self.outlier_dims[:0], nothing)
+        chosen = rows[:, self.outlier_dims] if self.axis == "input" else rows
+        if self.activation_bits is None:
+            y = ops.linear_w4a16(rows, *weight, self.bias, self.bits, axis, self.out_features)
+        else:
+            excluded = self.outlier_dims if self.raw_outliers else None
+            codes, scale, zero_point, sums = ops.quantize_activations(rows.detach(), self.per_token, self.group_size, excluded)
+            y = ops.linear_w4a8(rows, codes, scale, zero_point, sums, *weight, self.bias, self.bits, axis, False, self.out_features, self.per_token)
+            if not self.raw_outliers:
+                own_codes = codes[:, self.outlier_dims] if self.axis == "input" else codes
+                value = (own_codes.float() - zero_point.float()) * scale
+                chosen = value + (chosen - chosen.detach())  # straight through: the value is exact, the gradient x's
+        with torch.autocast(x.device.type, enabled=False):
+            columns = chosen.float().view(B, -1, chosen.shape[-1])
+            if self.axis == "input":
+                added = torch.bmm(columns, row_weights.mT).view(y.shape)
+                y = y + added.to(y.dtype)
+            else:
+                added = torch.bmm(columns, row_weights.mT).view(len(rows), self.r)
+                y = y.index_add(1, self.outlier_dims, added.to(y.dtype))
+        return y.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:

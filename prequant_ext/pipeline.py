@@ -10,7 +10,6 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from prequant_ext import checkpoint, hf
-from prequant_ext import task as tasks
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.console import say
 from prequant_ext.glue import train
@@ -23,6 +22,8 @@ from prequant_ext.glue.tables import markdown
 from prequant_ext.glue.tasks import get_task, load_rows
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import PlanRow, Report, merge, plan, quantize_model
+from prequant_ext.task import load_task
+from prequant_ext.task_file import read_task, write_atomically
 
 REPORT_FILE = "prequant_report.json"  # beside the weights: errors and outlier counts cannot be computed again once the float weights are gone
 KEPT_HEADS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForSequenceClassification")
@@ -127,7 +128,7 @@ def load_with_task(name: str, task_file: Path | None, num_labels: int) -> tuple[
     model_config(name)
     model, loading = AutoModelForSequenceClassification.from_pretrained(name, num_labels=num_labels, dtype=torch.float32, output_loading_info=True)
     if task_file is not None:
-        return model, tasks.load_task(model, task_file)
+        return model, load_task(model, task_file)
     if loading["missing_keys"]:
         raise ValueError(f"{name} has no trained head ({', '.join(sorted(loading['missing_keys'])[:3])}): name a task file with --task-file")
     return model, {}
@@ -139,7 +140,7 @@ def evaluate_directory(
     """(scores, max_length) on the validation rows; ``max_length`` None: that of training, from the task file or the directory's results."""
     task = get_task(task_name)
     if task_file is not None:
-        held = tasks.read_task(task_file)[0]["name"]
+        held = read_task(task_file)[0]["name"]
         if held != task_name:
             raise ValueError(f"{task_file} holds the task {held!r}, wanted {task_name!r}")
     model, metadata = load_with_task(name, task_file, task.num_labels)
@@ -165,7 +166,7 @@ def merge_directory(name: str, task_file: Path | None, out: Path) -> int:
     if task_file is None:
         model = _model_class(own_config).from_pretrained(name)
     else:
-        metadata, _ = tasks.read_task(task_file)
+        metadata, _ = read_task(task_file)
         model, _ = load_with_task(name, task_file, int(metadata.get("num_labels", own_config.num_labels)))
     if not any(isinstance(module, PreQuantLinear) for module in model.modules()):
         raise ValueError(f"{name} holds no PreQuant layers")
@@ -215,7 +216,7 @@ def run_experiment(study: Study, path: str, out: Path, data_dir: str | None, thr
     study.write(out)
     failed = run(study.plan, out / RUNS_FILE, study.model, path, data_dir, threads, jobs, say, processes)
     table = "\n".join(markdown(study.plan, [line for line in read_lines(out / RUNS_FILE) if line["model"] == study.model]))
-    tasks.write_atomically(out / f"{study.name}.md", f"{table}\n".encode())
+    write_atomically(out / f"{study.name}.md", f"{table}\n".encode())
     print(table)
     return failed
 
@@ -228,4 +229,4 @@ def measure_errors(model: str, out: Path) -> None:
 
 def write_report(folder: Path, out: Path) -> None:
     """The page of the experiments in ``folder``. Raises FileNotFoundError where there are none."""
-    tasks.write_atomically(out, page(folder).encode())
+    write_atomically(out, page(folder).encode())

@@ -1,157 +1,179 @@
-"""Task files: what fine-tuning adds to a shared base. One safetensors file of outlier weights and head, tied to its base by a fingerprint."""
+"""Tasks of one model: the base and its codes once, and for every task the values of its outlier weights and its head.
 
-import hashlib
+One task is live: its values stand in the model's own parameters. The others are kept beside, and switching copies into storage that stays where it is: nothing
+is compiled anew, and no optimizer, CUDA graph or view loses its tensor. None is the base, with the values that the model had when its first task was added.
+"""
+
 import os
-import re
-import tempfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from prequant_ext.checkpoint import default_mode
-from prequant_ext.config import FORMAT_VERSION
-from prequant_ext.embedding import PreQuantEmbedding
-from prequant_ext.linear import PreQuantLinear
-from prequant_ext.model import head_parameter_names
+from prequant_ext import model as models
+from prequant_ext.row_tasks import RowTasks
+from prequant_ext.task_file import check_fits, check_task_name, fingerprint, read_task, task_tensors, write_task
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-RESERVED_METADATA = ("format_version", "base_fingerprint", "name")
+_ATTRIBUTE = "_prequant_tasks"
 
 
-def check_task_name(name: str) -> str:
-    """``name`` itself. Raises ValueError where it could not be a file name on every system."""
-    if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
-        raise ValueError(f"task name must match {NAME_PATTERN.pattern}, got {name!r}")
-    return name
+class _Tasks:
+    """What a model knows of its tasks. ``slots``: name -> parameter name -> its values while the task is not live; the live one's are stale. None: the base."""
+
+    def __init__(self, model: nn.Module):
+        live = task_tensors(model)
+        self.slots: dict[str | None, dict[str, nn.Parameter]] = {None: _copies(live, live)}
+        self.active: str | None = None
+        self.row_tasks = RowTasks(model, list(live), self.parameters_of)
+
+    def parameters_of(self, model: nn.Module, name: str | None) -> Mapping[str, nn.Parameter]:
+        """The parameters that hold a task's values now. Raises ValueError for an unknown name."""
+        if name not in self.slots:
+            raise ValueError(
+                f"no task {name!r} in the model: it has {', '.join(repr(own) for own in self.names()) or 'none'}; add_task or load_task brings one"
+            )
+        return task_tensors(model) if name == self.active else self.slots[name]
+
+    def names(self) -> list[str]:
+        return [name for name in self.slots if name is not None]
+
+    @torch.no_grad()
+    def switch(self, model: nn.Module, name: str | None) -> None:
+        """Store the live values, then make ``name``'s the live ones."""
+        target = self.parameters_of(model, name)
+        if name == self.active:
+            return
+        live = task_tensors(model)
+        _copy(self.slots[self.active], live)
+        _copy(live, target)
+        self.active = name
 
 
-def _quantized_modules(model: nn.Module) -> Iterator[tuple[str, PreQuantLinear | PreQuantEmbedding]]:
-    for name, module in model.named_modules():
-        if isinstance(module, PreQuantLinear | PreQuantEmbedding):
-            yield name, module
+def _copies(values: Mapping[str, Tensor], like: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    return {key: nn.Parameter(values[key].detach().to(own.device, own.dtype, copy=True), own.requires_grad) for key, own in like.items()}
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the quantized base: packed codes, scales, zero points, outlier indices and the format version, as 64 hexadecimal digits.
+def _copy(to: Mapping[str, nn.Parameter], values: Mapping[str, nn.Parameter]) -> None:
+    torch._foreach_copy_([parameter.detach() for parameter in to.values()], [values[key].detach() for key in to])
 
-    Outlier weights, heads and PreQuant-alpha's trained scales are a task's own and stay out. Names count without the prefix that a task model puts
-    before its backbone's, so that a bare backbone and every task model on it agree.
 
-    Raises ValueError if the model has no quantized module.
+def _tasks_of(model: nn.Module) -> _Tasks | None:
+    return vars(model).get(_ATTRIBUTE)
+
+
+def _known_tasks(model: nn.Module) -> _Tasks:
+    """The model's tasks, now kept. Raises ValueError if the model is not quantized."""
+    tasks = _tasks_of(model)
+    if tasks is None:
+        fingerprint(model)  # refuses a float model
+        tasks = _Tasks(model)
+        setattr(model, _ATTRIBUTE, tasks)
+    return tasks
+
+
+def _check_new(model: nn.Module, name: str, overwrite: bool) -> None:
+    tasks = _tasks_of(model)
+    if check_task_name(name) in (() if tasks is None else tasks.names()) and not overwrite:
+        raise ValueError(f"the model has a task {name!r} already: remove_task takes it away, overwrite=True replaces it")
+
+
+def add_task(model: nn.Module, name: str, *, overwrite: bool = False) -> None:
+    """A new task that starts from the base's values, and is live at once: what trains from here on is its own.
+
+    Raises ValueError for a bad name, one that the model has (unless ``overwrite``), or a model that is not quantized.
     """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    modules = sorted((name.removeprefix(prefix), module) for name, module in _quantized_modules(model))
-    if not modules:
-        raise ValueError(f"model must be quantized (quantize_model) to have a base fingerprint, got a {type(model).__name__} without quantized modules")
-    digest = hashlib.sha256(f"prequant {FORMAT_VERSION}".encode())
-    for name, module in modules:
-        tensors = {"weight_packed": module.canonical_packed(), "weight_zero_point": module.weight_zero_point}
-        if isinstance(module, PreQuantLinear):
-            digest.update(f"\n{name} linear {module.bits} {module.axis}".encode())
-            tensors["outlier_dims"] = module.outlier_dims
-        else:
-            digest.update(f"\n{name} embedding".encode())
-        if not getattr(module, "train_scales", False):
-            tensors["weight_scale"] = module.weight_scale
-        for key in sorted(tensors):
-            tensor = tensors[key].detach().cpu().contiguous()
-            digest.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-            digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
+    _check_new(model, name, overwrite)
+    tasks = _known_tasks(model)
+    base = {key: parameter.detach().clone() for key, parameter in tasks.parameters_of(model, None).items()}
+    _put(model, tasks, name, base)
 
 
-def task_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that belong to a task, by name: outlier weights (PreQuant-alpha: scales) and the head, pooler included."""
-    names = set(head_parameter_names(model))
-    for name, module in _quantized_modules(model):
-        if isinstance(module, PreQuantLinear):
-            if module.r > 0:
-                names.add(f"{name}.outlier_weight")
-            if module.train_scales:
-                names.add(f"{name}.weight_scale")
-    return {name: parameter for name, parameter in model.named_parameters() if name in names}
+def _put(model: nn.Module, tasks: _Tasks, name: str, values: Mapping[str, Tensor]) -> None:
+    tasks.switch(model, None)
+    tasks.slots[name] = _copies(values, task_tensors(model))
+    tasks.switch(model, name)
 
 
-def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Replace the file at ``path`` by ``content``, or leave what was there: a full disk, a crash or Ctrl-C never leaves half a file under the name."""
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, default_mode())  # mkstemp makes private files; a task file is as readable as any other
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def set_task(model: nn.Module, name: str | None) -> None:
+    """Make ``name`` the live task; the values of the one that is left are stored first. None: the base.
 
-
-def save_task(model: nn.Module, name: str, path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the task tensors of a fine-tuned model to ``path``, with ``metadata`` (text) beside the keys format_version, base_fingerprint and name.
-
-    Raises ValueError for a bad name or a reserved metadata key; OSError where the disk is full, and the old file stays.
+    Copies in place: no parameter is replaced, nothing is allocated or compiled anew. Raises ValueError for an unknown name.
     """
-    extra = dict(metadata or {})
-    reserved = sorted(set(extra) & set(RESERVED_METADATA))
-    if reserved:
-        raise ValueError(f"metadata must not hold the key {reserved[0]!r}: it is written by save_task")
-    wrong = [key for key, value in extra.items() if not isinstance(value, str)]
-    if wrong:
-        raise ValueError(f"metadata must map text to text, got {type(extra[wrong[0]]).__name__} for {wrong[0]!r}")
-    header = extra | {"format_version": str(FORMAT_VERSION), "base_fingerprint": fingerprint(model), "name": check_task_name(name)}
-    tensors = {key: parameter.detach().cpu().contiguous() for key, parameter in task_tensors(model).items()}
-    write_atomically(path, save(tensors, header))
+    tasks = _tasks_of(model)
+    if tasks is None and name is None:
+        return
+    _known_tasks(model).switch(model, name)
 
 
-def read_task(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """(metadata, tensors) of a task file, before it is known which model they are for.
+def active_task(model: nn.Module) -> str | None:
+    """The live task's name; None: the base."""
+    tasks = _tasks_of(model)
+    return None if tasks is None else tasks.active
 
-    Raises FileNotFoundError; ValueError where the file is truncated, no task file, or of a newer format version.
+
+def list_tasks(model: nn.Module) -> list[str]:
+    """Names of the model's tasks, in the order in which they came; the base is none of them."""
+    tasks = _tasks_of(model)
+    return [] if tasks is None else tasks.names()
+
+
+def remove_task(model: nn.Module, name: str) -> None:
+    """Forget a task. Where it is live, the base is afterwards. Raises ValueError for an unknown name."""
+    tasks = _known_tasks(model)
+    if name is None:
+        raise ValueError("name must be a task, got None: the base cannot be removed")
+    tasks.parameters_of(model, name)
+    if tasks.active == name:
+        tasks.switch(model, None)
+    del tasks.slots[name]
+
+
+def task_parameters(model: nn.Module, *names: str | None) -> list[nn.Parameter]:
+    """The parameters that hold the values of these tasks, to train several at once in mixed batches: each gets gradients from its own rows only.
+
+    For tasks that stay apart from the live one: a task that is live has the model's own parameters, which :func:`set_task` then fills with others. Raises
+    ValueError for an unknown name.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no task file at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  safe_open is no mapping
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no task file: {error}") from error
-    missing = [key for key in RESERVED_METADATA if key not in metadata]
-    if missing:
-        raise ValueError(f"{path} is no task file: its metadata lacks {', '.join(missing)}")
-    version = metadata["format_version"]
-    if not version.isdecimal() or int(version) > FORMAT_VERSION:
-        raise ValueError(f"{path} has format_version {version} but this prequant_ext reads up to {FORMAT_VERSION}; update prequant_ext")
-    return metadata, tensors
+    tasks = _known_tasks(model)
+    return [parameter for name in names for parameter in tasks.parameters_of(model, name).values()]
 
 
-@torch.no_grad()
-def load_task(model: nn.Module, path: str | os.PathLike, name: str | None = None) -> dict[str, str]:
-    """Put a task's outlier weights and head into ``model``, whose base must be the one the task was trained on. Returns the file's metadata.
+def save_task(model: nn.Module, name: str, path: str | os.PathLike, metadata: Mapping[str, Any] | None = None, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write the task ``name`` to ``path``: outlier weights and head as ``dtype``, with ``metadata`` (scores, hyper-parameters: text or numbers).
 
-    ``name``: the task the file must hold. All or nothing: a refusal leaves the model as it was.
+    A model without named tasks is one task, and ``name`` names it. Raises ValueError for an unknown or bad name, or a metadata key that the format has for
+    itself; OSError where the disk is full, and the old file stays.
+    """
+    tasks = _tasks_of(model)
+    base = fingerprint(model)
+    values = task_tensors(model) if tasks is None or not tasks.names() else tasks.parameters_of(model, check_task_name(name))
+    write_task(path, name, values, base, metadata, dtype)
 
-    Raises FileNotFoundError; ValueError naming both sides where the base, the name, the tensors, a shape or the format version differ.
+
+def load_task(model: nn.Module, path: str | os.PathLike, name: str | None = None, *, overwrite: bool = False) -> dict[str, str]:
+    """Add the task of a file, as ``name`` or by its own, and make it live. Returns the file's metadata. A refusal leaves the model as it was.
+
+    Raises FileNotFoundError; ValueError naming both sides where the base, the tensors, a shape or the format version differ, where the file is damaged, or
+    where the model has a task of that name (unless ``overwrite``).
     """
     metadata, tensors = read_task(path)
-    if name is not None and metadata["name"] != check_task_name(name):
-        raise ValueError(f"{path} holds the task {metadata['name']!r}, wanted {name!r}")
-    base = fingerprint(model)
-    if metadata["base_fingerprint"] != base:
-        raise ValueError(f"{path} was trained on the base {metadata['base_fingerprint']} but the model's base is {base}")
-    wanted = task_tensors(model)
-    absent, surplus = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
-    if absent or surplus:
-        raise ValueError(f"{path} does not fit the model: it lacks {absent or 'nothing'} and holds {surplus or 'nothing'} that the model does not have")
-    for key, parameter in wanted.items():
-        if tensors[key].shape != parameter.shape:
-            raise ValueError(f"{key} has shape {tuple(tensors[key].shape)} in {path} but {tuple(parameter.shape)} in the model")
-    for key, parameter in wanted.items():
-        parameter.copy_(tensors[key])
+    name = metadata["name"] if name is None else name
+    _check_new(model, name, overwrite)
+    check_fits(path, metadata, tensors, model)
+    _put(model, _known_tasks(model), name, tensors)
     return metadata
+
+
+def merge(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Float layers again, in place, holding what the live task computes, or the task ``name``; the other tasks are forgotten. Returns ``model``.
+
+    Raises ValueError for an unknown name, or if the model is not quantized.
+    """
+    if name is not None:
+        set_task(model, name)
+    merged = models.merge(model)
+    tasks = vars(model).pop(_ATTRIBUTE, None)
+    if tasks is not None:
+        tasks.row_tasks.remove()
+    return merged

@@ -8,7 +8,7 @@ from torch import nn
 
 from prequant_ext import PreQuantConfig, ops, quantize_model
 from prequant_ext.linear import PreQuantLinear
-from prequant_ext.task import fingerprint
+from prequant_ext.task_file import fingerprint
 
 pytestmark = pytest.mark.parametrize("device", ["emulated", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
 CONFIGS = {

@@ -1,32 +1,29 @@
-"""Task files: names, fingerprints, and every refusal."""
+"""Several tasks in one model: what is live, what is kept, and that switching keeps storage."""
 
-import errno
-import os
+import copy
+import io
 
 import pytest
 import torch
-from safetensors.torch import load_file, save
 from tiny_models import tiny_model, token_ids
 
-from prequant_ext import task
-from prequant_ext.config import FORMAT_VERSION, PreQuantConfig
-from prequant_ext.linear import PreQuantLinear
-from prequant_ext.model import quantize_model
+import prequant_ext
+from prequant_ext import PreQuantConfig, active_task, add_task, list_tasks, load_task, merge, quantize_model, remove_task, save_task, set_task, task_parameters
+from prequant_ext.task_file import fingerprint, task_tensors
 
 
-def quantized(**changes):
-    model = tiny_model("bert")
+def quantized(model_type="bert", **changes):
+    model = tiny_model(model_type)
     quantize_model(model, PreQuantConfig(**({"r": 3} | changes)))
     return model
 
 
-def train_a_little(model):
-    """Move every task tensor, as training would."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in task.task_tensors(model).values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
+@torch.no_grad()
+def train_a_little(model, seed):
+    """Move every live task tensor, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in task_tensors(model).values():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 @torch.no_grad()
@@ -34,168 +31,219 @@ def logits(model):
     return model(token_ids()).logits
 
 
-def test_a_task_comes_back_bit_for_bit_on_a_fresh_base(tmp_path):
-    tuned = train_a_little(quantized())
-    task.save_task(tuned, "sst2", tmp_path / "sst2.task", {"score": "0.5"})
+@pytest.fixture
+def two_tasks():
+    """A model with the tasks a and b, and what it answers as each, and as the base."""
     model = quantized()
-    assert not torch.equal(logits(model), logits(tuned))
-    metadata = task.load_task(model, tmp_path / "sst2.task", "sst2")
-    assert torch.equal(logits(model), logits(tuned))
-    assert metadata == {"format_version": str(FORMAT_VERSION), "base_fingerprint": task.fingerprint(model), "name": "sst2", "score": "0.5"}
+    answers = {None: logits(model)}
+    for seed, name in enumerate("ab"):
+        add_task(model, name)
+        train_a_little(model, seed)
+        answers[name] = logits(model)
+    return model, answers
 
 
-def test_the_file_holds_outlier_weights_in_float32_and_the_head(tmp_path):
-    model = quantized()
-    task.save_task(model, "a", tmp_path / "a.task")
-    tensors = load_file(tmp_path / "a.task")
-    layers = [name for name, module in model.named_modules() if isinstance(module, PreQuantLinear)]
-    head = {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
-    assert set(tensors) == {f"{name}.outlier_weight" for name in layers} | head
-    assert {tensors[f"{name}.outlier_weight"].dtype for name in layers} == {torch.float32}
+def test_each_task_answers_as_when_it_was_trained(two_tasks):
+    model, answers = two_tasks
+    assert len({tuple(answer.flatten().tolist()) for answer in answers.values()}) == 3
+    for name in ("a", None, "b", "b", "a"):
+        set_task(model, name)
+        assert active_task(model) == name
+        assert torch.equal(logits(model), answers[name])
 
 
-def test_at_most_20_kB_stand_beside_the_tensors(tmp_path):
-    model = quantized()
-    task.save_task(model, "a", tmp_path / "a.task")
-    tensors = sum(tensor.nbytes for tensor in load_file(tmp_path / "a.task").values())
-    assert (tmp_path / "a.task").stat().st_size - tensors <= 20_000
+def test_training_after_a_switch_is_stored_in_the_task_that_is_left(two_tasks):
+    model, answers = two_tasks
+    set_task(model, "a")
+    train_a_little(model, 7)
+    moved = logits(model)
+    set_task(model, "b")
+    assert torch.equal(logits(model), answers["b"])
+    set_task(model, "a")
+    assert torch.equal(logits(model), moved)
 
 
-def test_alpha_saves_its_scales(tmp_path):
-    settings = {"r": 0, "train_scales": True}
-    tuned = train_a_little(quantized(**settings))
-    task.save_task(tuned, "a", tmp_path / "a.task")
-    model = quantized(**settings)
-    task.load_task(model, tmp_path / "a.task")
-    assert torch.equal(logits(model), logits(tuned))
+def test_a_new_task_starts_from_the_base_and_is_live(two_tasks):
+    model, answers = two_tasks
+    add_task(model, "c")
+    assert (active_task(model), list_tasks(model)) == ("c", ["a", "b", "c"])
+    assert torch.equal(logits(model), answers[None])
 
 
-# ---- the fingerprint ----------------------------------------------------------------------------------------------------
+def test_switching_keeps_every_parameter_and_its_memory(two_tasks):
+    model, _ = two_tasks
+    before = {name: (id(parameter), parameter.data_ptr()) for name, parameter in model.named_parameters()}
+    slots = {parameter.data_ptr() for parameter in task_parameters(model, "a", None)}
+    for name in ("a", None, "b"):
+        set_task(model, name)
+    assert {name: (id(parameter), parameter.data_ptr()) for name, parameter in model.named_parameters()} == before
+    set_task(model, "b")
+    assert {parameter.data_ptr() for parameter in task_parameters(model, "a", None)} == slots
 
 
-def test_fingerprint_ignores_what_a_task_owns():
-    model = quantized()
-    before = task.fingerprint(model)
-    assert task.fingerprint(train_a_little(model)) == before
-    assert len(before) == 64
+def test_trainable_parameters_are_the_live_ones(two_tasks):
+    model, _ = two_tasks
+    live = {id(parameter) for parameter in prequant_ext.trainable_parameters(model)}
+    assert live == {id(parameter) for parameter in task_tensors(model).values()} == {id(parameter) for parameter in task_parameters(model, "b")}
 
 
-def test_a_bare_backbone_and_a_task_model_on_it_agree():
-    model = quantized()
-    assert task.fingerprint(model.base_model) == task.fingerprint(model)
+def test_a_switch_compiles_nothing_anew(two_tasks):
+    model, answers = two_tasks
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=counting)
+    torch.testing.assert_close(logits(compiled), answers["b"])
+    first = len(graphs)
+    assert first > 0
+    for name in ("a", None, "b"):
+        set_task(model, name)
+        torch.testing.assert_close(logits(compiled), answers[name])
+    assert len(graphs) == first
 
 
-@pytest.mark.parametrize("name", ["weight_packed", "weight_scale", "weight_zero_point", "outlier_dims"])
-def test_fingerprint_sees_every_tensor_of_the_base(name):
-    model = quantized()
-    before = task.fingerprint(model)
-    layer = next(module for module in model.modules() if isinstance(module, PreQuantLinear))
-    with torch.no_grad():
-        getattr(layer, name).view(-1)[0] += 1
-    assert task.fingerprint(model) != before
+def test_removing_the_live_task_leaves_the_base(two_tasks):
+    model, answers = two_tasks
+    remove_task(model, "b")
+    assert (active_task(model), list_tasks(model)) == (None, ["a"])
+    assert torch.equal(logits(model), answers[None])
+    remove_task(model, "a")
+    assert list_tasks(model) == []
 
 
-def test_a_float_model_has_no_fingerprint():
-    with pytest.raises(ValueError, match=r"model must be quantized .* got a BertForSequenceClassification"):
-        task.fingerprint(tiny_model("bert"))
+def test_a_copy_of_the_model_has_tasks_of_its_own(two_tasks):
+    model, answers = two_tasks
+    twin = copy.deepcopy(model)
+    set_task(twin, "a")
+    train_a_little(twin, 9)
+    assert active_task(model) == "b"
+    set_task(model, "a")
+    assert torch.equal(logits(model), answers["a"])
+
+
+def test_the_state_dict_is_that_of_the_live_task(two_tasks):
+    model, answers = two_tasks
+    bare = quantized()
+    assert set(model.state_dict()) == set(bare.state_dict())
+    bare.load_state_dict(model.state_dict())
+    assert torch.equal(logits(bare), answers["b"])
+
+
+def test_a_model_with_tasks_can_be_pickled(two_tasks):
+    model, answers = two_tasks
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    back = torch.load(buffer, weights_only=False)
+    set_task(back, "a")
+    assert torch.equal(logits(back), answers["a"])
+
+
+@pytest.mark.parametrize("model_type", ["t5", "gpt2", "modernbert"])
+def test_other_families(model_type):
+    model = quantized(model_type)
+    base = logits(model)
+    add_task(model, "a")
+    train_a_little(model, 0)
+    moved = logits(model)
+    set_task(model, None)
+    assert torch.equal(logits(model), base)
+    set_task(model, "a")
+    assert torch.equal(logits(model), moved)
+
+
+def test_scales_of_alpha_are_a_tasks_own():
+    model = quantized(r=0, train_scales=True)
+    base = logits(model)
+    add_task(model, "a")
+    train_a_little(model, 0)
+    set_task(model, None)
+    assert torch.equal(logits(model), base)
+
+
+# ---- files --------------------------------------------------------------------------------------------------------------
+
+
+def test_tasks_go_through_files_one_by_one(two_tasks, tmp_path):
+    model, answers = two_tasks
+    for name in "ab":
+        save_task(model, name, tmp_path / f"{name}.task", {"score": 0.5, "lr": 5e-3})
+    fresh = quantized()
+    for name in "ab":
+        metadata = load_task(fresh, tmp_path / f"{name}.task")
+        assert (metadata["score"], metadata["lr"], metadata["base_fingerprint"]) == ("0.5", "0.005", fingerprint(model))
+        assert torch.equal(logits(fresh), answers[name])
+    set_task(fresh, "a")
+    assert torch.equal(logits(fresh), answers["a"])
+    set_task(fresh, None)
+    assert torch.equal(logits(fresh), answers[None])
+
+
+def test_a_file_can_be_loaded_under_another_name(two_tasks, tmp_path):
+    model, answers = two_tasks
+    save_task(model, "a", tmp_path / "a.task")
+    load_task(model, tmp_path / "a.task", "a.2")
+    assert list_tasks(model) == ["a", "b", "a.2"]
+    assert torch.equal(logits(model), answers["a"])
+
+
+def test_an_existing_name_is_replaced_only_when_asked(two_tasks, tmp_path):
+    model, answers = two_tasks
+    save_task(model, "a", tmp_path / "a.task")
+    for again in (lambda: load_task(model, tmp_path / "a.task", "b"), lambda: add_task(model, "b")):
+        with pytest.raises(ValueError, match="the model has a task 'b' already"):
+            again()
+    assert torch.equal(logits(model), answers["b"])
+    load_task(model, tmp_path / "a.task", "b", overwrite=True)
+    assert torch.equal(logits(model), answers["a"])
+
+
+def test_a_refused_file_adds_no_task(two_tasks, tmp_path):
+    other = quantized(bits=3)
+    save_task(two_tasks[0], "a", tmp_path / "a.task")
+    add_task(other, "mine")
+    with pytest.raises(ValueError, match="was trained on the base"):
+        load_task(other, tmp_path / "a.task")
+    assert (list_tasks(other), active_task(other)) == (["mine"], "mine")
+
+
+@pytest.mark.parametrize("name", [None, "a", "b"])
+def test_merging_gives_the_float_model_of_one_task(two_tasks, name):
+    model, _ = two_tasks
+    if name is not None:
+        set_task(model, name)
+    wanted = {f"{own}.weight": module.dequantize() for own, module in model.named_modules() if isinstance(module, prequant_ext.PreQuantLinear)}
+    head = {key: value.detach().clone() for key, value in model.named_parameters() if "classifier" in key}
+    set_task(model, "b" if name is None else "a")
+    merged = dict(merge(model, name).named_parameters())
+    assert all(torch.equal(merged[key], value) for key, value in (wanted | head).items())
+    assert list_tasks(model) == []
+    assert model(token_ids()).logits.shape == (len(token_ids()), 2)
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def task_file(tmp_path):
-    path = tmp_path / "sst2.task"
-    task.save_task(train_a_little(quantized()), "sst2", path)
-    return path
+@pytest.mark.parametrize("act", [set_task, remove_task, task_parameters, lambda model, name: save_task(model, name, "x"), merge])
+def test_an_unknown_task_is_named_with_those_there_are(two_tasks, act):
+    with pytest.raises(ValueError, match="no task 'c' in the model: it has 'a', 'b'"):
+        act(two_tasks[0], "c")
 
 
-@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "../up", "a b", "a" * 65, "naïve", "a\n"])
-def test_names_that_no_file_should_have(tmp_path, name):
+def test_a_float_model_has_no_tasks():
+    with pytest.raises(ValueError, match="model must be quantized"):
+        add_task(tiny_model("bert"), "a")
+
+
+def test_the_base_cannot_be_removed(two_tasks):
+    with pytest.raises(ValueError, match="the base cannot be removed"):
+        remove_task(two_tasks[0], None)
+
+
+@pytest.mark.parametrize("name", ["__base__", "", "a b"])
+def test_bad_names(name):
     with pytest.raises(ValueError, match="task name must match"):
-        task.save_task(quantized(), name, tmp_path / "x.task")
-
-
-def test_a_wrong_base_is_refused_with_both_fingerprints(task_file):
-    other = quantized(bits=3)
-    with pytest.raises(ValueError, match=rf"trained on the base {task.fingerprint(quantized())} but the model's base is {task.fingerprint(other)}"):
-        task.load_task(other, task_file)
-
-
-def test_a_refusal_leaves_the_model_as_it_was(task_file):
-    model = quantized(bits=3)
-    before = logits(model)
-    with pytest.raises(ValueError, match="trained on the base"):
-        task.load_task(model, task_file)
-    assert torch.equal(logits(model), before)
-
-
-def test_a_head_of_another_size_is_refused_with_both_shapes(task_file):
-    model = quantized()
-    model.classifier = torch.nn.Linear(model.config.hidden_size, 3)
-    with pytest.raises(ValueError, match=r"classifier\.\w+ has shape \(2.*\) in .*sst2\.task but \(3.*\) in the model"):
-        task.load_task(model, task_file)
-
-
-def test_another_name_is_refused_with_both_names(task_file):
-    with pytest.raises(ValueError, match=r"holds the task 'sst2', wanted 'mrpc'"):
-        task.load_task(quantized(), task_file, "mrpc")
-
-
-@pytest.mark.parametrize("keep", [0, 4, 100, -1], ids=["empty", "half a length", "half a header", "last byte gone"])
-def test_a_truncated_file_is_refused(task_file, keep):
-    task_file.write_bytes(task_file.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=f"{task_file} is damaged or no task file"):
-        task.load_task(quantized(), task_file)
-
-
-def rewrite(path, metadata=None, without=None):
-    held, tensors = task.read_task(path)
-    held = {key: value for key, value in (held | (metadata or {})).items() if value is not None}
-    path.write_bytes(save({key: tensor for key, tensor in tensors.items() if key != without}, held))
-
-
-def test_a_newer_version_is_refused_with_both_versions(task_file):
-    rewrite(task_file, {"format_version": str(FORMAT_VERSION + 1)})
-    with pytest.raises(ValueError, match=rf"has format_version {FORMAT_VERSION + 1} but this prequant_ext reads up to {FORMAT_VERSION}"):
-        task.load_task(quantized(), task_file)
-
-
-def test_a_file_without_a_fingerprint_is_no_task_file(task_file):
-    rewrite(task_file, {"base_fingerprint": None})
-    with pytest.raises(ValueError, match="its metadata lacks base_fingerprint"):
-        task.load_task(quantized(), task_file)
-
-
-def test_a_missing_tensor_is_named(task_file):
-    rewrite(task_file, without="classifier.bias")
-    with pytest.raises(ValueError, match=r"it lacks \['classifier.bias'\]"):
-        task.load_task(quantized(), task_file)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"no task file at {tmp_path / 'none.task'}"):
-        task.load_task(quantized(), tmp_path / "none.task")
-
-
-def test_reserved_and_non_text_metadata_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="must not hold the key 'base_fingerprint'"):
-        task.save_task(quantized(), "a", tmp_path / "a.task", {"base_fingerprint": "0"})
-    with pytest.raises(ValueError, match="metadata must map text to text, got float for 'score'"):
-        task.save_task(quantized(), "a", tmp_path / "a.task", {"score": 0.5})
-
-
-# ---- a full disk ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_full_disk_keeps_the_old_file(task_file, monkeypatch):
-    old = task_file.read_bytes()
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        task.save_task(quantized(), "sst2", task_file)
-    assert task_file.read_bytes() == old
-    assert os.listdir(task_file.parent) == [task_file.name]  # and no temporary file is left
+        add_task(quantized(), name)

@@ -82,7 +82,7 @@ def _write_task(model: Any, name: str, out: Path, result: "RunResult") -> None:
 
 def _record(out: Path, result: "RunResult") -> None:
     """Add the result to OUT/results.json, an object by task."""
-    from prequant_ext.task import write_atomically
+    from prequant_ext.task_file import write_atomically
 
     path = out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}

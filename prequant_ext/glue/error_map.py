@@ -11,7 +11,7 @@ from prequant_ext.blocks import block_holding, blocks_of
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.quantize import quantize_matrix
 from prequant_ext.sites import family_of, find_sites
-from prequant_ext.task import write_atomically
+from prequant_ext.task_file import write_atomically
 
 FILE = "fig4.json"
 STRATEGIES = ("min_max", "outlier_aware", "mse", "row_wise")

@@ -13,7 +13,7 @@ from prequant_ext.glue.figures import figure, heat_map
 from prequant_ext.glue.paper import PAPER
 from prequant_ext.glue.runner import Line, Plan, read_lines
 from prequant_ext.glue.tables import markdown
-from prequant_ext.task import write_atomically
+from prequant_ext.task_file import write_atomically
 
 RUNS_FILE, PLAN_SUFFIX = "runs.jsonl", ".plan.json"
 COMPLETE_TASKS = ("sst2", "mrpc", "cola", "stsb", "rte")  # of which a usual download has every row

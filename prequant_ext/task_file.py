@@ -1,0 +1,157 @@
+"""Task files: one safetensors file of outlier weights and head, tied to its base by a fingerprint. task.py moves them in and out of models."""
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from prequant_ext.checkpoint import default_mode
+from prequant_ext.config import FORMAT_VERSION
+from prequant_ext.embedding import PreQuantEmbedding
+from prequant_ext.linear import PreQuantLinear
+from prequant_ext.model import head_parameter_names
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+RESERVED_METADATA = ("format_version", "base_fingerprint", "name")
+
+
+def check_task_name(name: str) -> str:
+    """``name`` itself. Raises ValueError where it could not be a file name on every system."""
+    if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
+        raise ValueError(f"task name must match {NAME_PATTERN.pattern}, got {name!r}")
+    return name
+
+
+def _quantized_modules(model: nn.Module) -> Iterator[tuple[str, PreQuantLinear | PreQuantEmbedding]]:
+    for name, module in model.named_modules():
+        if isinstance(module, PreQuantLinear | PreQuantEmbedding):
+            yield name, module
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the quantized base: packed codes, scales, zero points, outlier indices and the format version, as 64 hexadecimal digits.
+
+    Outlier weights, heads and PreQuant-alpha's trained scales are a task's own and stay out. Names count without the prefix that a task model puts
+    before its backbone's, so that a bare backbone and every task model on it agree.
+
+    Raises ValueError if the model has no quantized module.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    modules = sorted((name.removeprefix(prefix), module) for name, module in _quantized_modules(model))
+    if not modules:
+        raise ValueError(f"model must be quantized (quantize_model) to have a base fingerprint, got a {type(model).__name__} without quantized modules")
+    digest = hashlib.sha256(f"prequant {FORMAT_VERSION}".encode())
+    for name, module in modules:
+        tensors = {"weight_packed": module.canonical_packed(), "weight_zero_point": module.weight_zero_point}
+        if isinstance(module, PreQuantLinear):
+            digest.update(f"\n{name} linear {module.bits} {module.axis}".encode())
+            tensors["outlier_dims"] = module.outlier_dims
+        else:
+            digest.update(f"\n{name} embedding".encode())
+        if not getattr(module, "train_scales", False):
+            tensors["weight_scale"] = module.weight_scale
+        for key in sorted(tensors):
+            tensor = tensors[key].detach().cpu().contiguous()
+            digest.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def task_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that belong to a task, by name: outlier weights (PreQuant-alpha: scales) and the head, pooler included."""
+    names = set(head_parameter_names(model))
+    for name, module in _quantized_modules(model):
+        if isinstance(module, PreQuantLinear):
+            if module.r > 0:
+                names.add(f"{name}.outlier_weight")
+            if module.train_scales:
+                names.add(f"{name}.weight_scale")
+    return {name: parameter for name, parameter in model.named_parameters() if name in names}
+
+
+def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+    """Replace the file at ``path`` by ``content``, or leave what was there: a full disk, a crash or Ctrl-C never leaves half a file under the name."""
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, default_mode())  # mkstemp makes private files; a task file is as readable as any other
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_task(
+    path: str | os.PathLike,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    base_fingerprint: str,
+    metadata: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a task's ``tensors`` to ``path``, those that are float32 as ``dtype``, and ``metadata`` beside format_version, base_fingerprint and name.
+
+    Raises ValueError for a bad name, a reserved metadata key, metadata that is no text or number, or a dtype that is not float; OSError where the disk is
+    full, and the old file stays.
+    """
+    extra = dict(metadata or {})
+    reserved = sorted(set(extra) & set(RESERVED_METADATA))
+    if reserved:
+        raise ValueError(f"metadata must not hold the key {reserved[0]!r}: it is written by save_task")
+    wrong = [key for key, value in extra.items() if not isinstance(value, str | int | float)]
+    if wrong:
+        raise ValueError(f"metadata must map names to text or numbers, got {type(extra[wrong[0]]).__name__} for {wrong[0]!r}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating type, got {dtype}")
+    header = {key: str(value) for key, value in extra.items()}
+    header |= {"format_version": str(FORMAT_VERSION), "base_fingerprint": base_fingerprint, "name": check_task_name(name)}
+    stored = {key: tensor.detach().cpu().to(dtype if tensor.dtype == torch.float32 else tensor.dtype).contiguous() for key, tensor in tensors.items()}
+    write_atomically(path, save(stored, header))
+
+
+def read_task(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(metadata, tensors) of a task file, before it is known which model they are for.
+
+    Raises FileNotFoundError; ValueError where the file is truncated, no task file, or of a newer format version.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no task file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  safe_open is no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no task file: {error}") from error
+    missing = [key for key in RESERVED_METADATA if key not in metadata]
+    if missing:
+        raise ValueError(f"{path} is no task file: its metadata lacks {', '.join(missing)}")
+    version = metadata["format_version"]
+    if not version.isdecimal() or int(version) > FORMAT_VERSION:
+        raise ValueError(f"{path} has format_version {version} but this prequant_ext reads up to {FORMAT_VERSION}; update prequant_ext")
+    return metadata, tensors
+
+
+def check_fits(path: str | os.PathLike, metadata: Mapping[str, str], tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Raises ValueError, with both sides, where a task file's base, its tensors or one of their shapes are not those of ``model``."""
+    base = fingerprint(model)
+    if metadata["base_fingerprint"] != base:
+        raise ValueError(f"{path} was trained on the base {metadata['base_fingerprint']} but the model's base is {base}")
+    wanted = task_tensors(model)
+    absent, surplus = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    if absent or surplus:
+        raise ValueError(f"{path} does not fit the model: it lacks {absent or 'nothing'} and holds {surplus or 'nothing'} that the model does not have")
+    for key, parameter in wanted.items():
+        if tensors[key].shape != parameter.shape:
+            raise ValueError(f"{key} has shape {tuple(tensors[key].shape)} in {path} but {tuple(parameter.shape)} in the model")
