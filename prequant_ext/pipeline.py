@@ -17,7 +17,7 @@ from prequant_ext.glue.error_map import error_map, write_error_map
 from prequant_ext.glue.experiments import EXPERIMENTS
 from prequant_ext.glue.models import resolve_model
 from prequant_ext.glue.page import RUNS_FILE, Study, page
-from prequant_ext.glue.runner import SEARCH_TASK, Plan, describe, identity, read_lines, run, scores_of
+from prequant_ext.glue.runner import SEARCH_TASK, Plan, describe, identity, progress, read_lines, run, scores_of
 from prequant_ext.glue.tables import markdown
 from prequant_ext.glue.tasks import get_task, load_rows
 from prequant_ext.linear import PreQuantLinear
@@ -200,22 +200,23 @@ def plan_experiment(
     return Study(name, model, blocks, Plan(experiment, chosen, numbers, search, data, epochs, max_train)), path
 
 
-def list_experiment(study: Study, out: Path) -> None:
+def list_experiment(study: Study, out: Path, jobs: int) -> None:
     """Print the runs that are missing and can start."""
     lines = [line for line in read_lines(out / RUNS_FILE) if line["model"] == study.model]
     done, possible = set(scores_of(lines)), {identity(wanted): wanted for wanted in study.plan.possible(lines)}
     for key, wanted in possible.items():
         if key not in done:
             print(describe(wanted))
-    say(f"{study.plan.expected()} runs in all, {len(done & set(possible))} of them done; the list has those that can start now")
+    say(f"{progress(study.plan, lines, jobs)}; the list has those that can start now")
 
 
 def run_experiment(study: Study, path: str, out: Path, data_dir: str | None, threads: int, jobs: int, processes: int) -> list[str]:
     """Run what is missing, then print the table and write it to OUT/NAME.md; what failed comes back as messages. ``path``: the model's folder."""
     out.mkdir(parents=True, exist_ok=True)
-    study.write(out)
+    shown = study.joined(out)
+    shown.write(out)
     failed = run(study.plan, out / RUNS_FILE, study.model, path, data_dir, threads, jobs, say, processes)
-    table = "\n".join(markdown(study.plan, [line for line in read_lines(out / RUNS_FILE) if line["model"] == study.model]))
+    table = "\n".join(markdown(shown.plan, [line for line in read_lines(out / RUNS_FILE) if line["model"] == study.model]))
     write_atomically(out / f"{study.name}.md", f"{table}\n".encode())
     print(table)
     return failed

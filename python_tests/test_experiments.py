@@ -65,7 +65,7 @@ def test_experiments_share_their_runs():
 
 def test_quick_runs_everything_at_one_rate():
     wanted = list(plan().possible([]))
-    assert len(wanted) == plan().expected() == 8
+    assert len(wanted) == len(plan().every([])) == 8
     assert {(run["method"], run["lr"]) for run in wanted} == {("ft", train.LEARNING_RATES["ft"]), ("prequant", train.LEARNING_RATES["prequant"])}
 
 
@@ -77,7 +77,37 @@ def test_a_search_comes_first_and_its_best_rate_runs_the_other_seeds():
     lines = [line(run, scores[run["lr"]]) for run in first if (run["method"], run["task"]) == ("prequant", "mrpc")]
     after = [run for run in searching.possible(lines) if run["seed"] == 1]
     assert [(run["method"], run["task"], run["lr"]) for run in after] == [("prequant", "mrpc", GRIDS["prequant"][1])]  # the smaller of two equals
-    assert searching.expected() == 12 + 4  # seed 0 at the best rate has run in the search
+    assert len(searching.every([])) == 12 + 4  # seed 0 at the best rate has run in the search
+
+
+def test_the_estimate_goes_by_task_and_method_and_training_rows():
+    lines = [line(wanted, n_train=wanted["max_train"] or 200, seconds=30.0 if wanted["method"] == "ft" else 12.0) for wanted in plan(seeds=(0,)).possible([])]
+    missing = [wanted for wanted in plan(seeds=(1,)).possible([])]
+    assert runner.estimate(missing, lines) == pytest.approx(2 * (30 + 12))
+    longer = [wanted | {"epochs": 6, "max_train": 400} for wanted in missing if wanted["task"] == "mrpc"]
+    assert runner.estimate(longer, lines) == pytest.approx(4 * (30 + 12))
+    unseen = [missing[0] | {"method": "lora", "max_train": None}]
+    assert runner.estimate(unseen, [line for line in lines if line["wanted"]["task"] == "sst2"]) == pytest.approx((30 + 12) / 2)
+    assert runner.estimate(missing, []) is None
+
+
+def test_progress_counts_runs_whose_rate_is_not_known_yet():
+    searching = plan("each", seeds=(0, 1))
+    first = next(searching.possible([]))
+    assert runner.progress(searching, [], 2) == "0 of 16 runs done"
+    assert runner.progress(searching, [line(first, n_train=4000, seconds=480.0)], 2) == "1 of 16 runs done, about 60 minutes left"
+
+
+def test_a_table_grows_with_the_tasks_and_seeds_of_later_commands(tmp_path):
+    first = page.Study("table3", "tiny", 2, Plan(EXPERIMENTS["table3"](2), ("sst2",), (0, 1), "quick"))
+    later = replace(first, plan=replace(first.plan, tasks=("mrpc",), seeds=(0,)))
+    first.write(tmp_path)
+    joined = later.joined(tmp_path)
+    assert (joined.plan.tasks, joined.plan.seeds) == (("sst2", "mrpc"), (0, 1))
+    joined.write(tmp_path)
+    assert first.joined(tmp_path) == joined == page.Study.read(tmp_path / "table3.plan.json").joined(tmp_path)
+    other = replace(later, plan=replace(later.plan, epochs=1))
+    assert other.joined(tmp_path) == other
 
 
 def test_a_rate_searched_once_serves_every_arm_of_its_method():
@@ -88,7 +118,8 @@ def test_a_rate_searched_once_serves_every_arm_of_its_method():
     lines = [line(run, run["lr"]) for run in first.values()]
     runs = {identity(run): run for run in searching.possible(lines)}
     fixed = [run for key, run in runs.items() if key not in first]
-    assert len(fixed) == 3 * 2 * 2 and {run["lr"] for run in fixed} == {1e-2} and searching.expected() == len(runs) == 18
+    assert len(fixed) == 3 * 2 * 2 and {run["lr"] for run in fixed} == {1e-2}
+    assert set(searching.every(lines)) == set(runs) and len(runs) == len(searching.every([])) == 18
     assert {run["quantization"]["seed"] for run in fixed if run["method"] == "prequant_random"} == {0, 1}
 
 

@@ -48,7 +48,7 @@ def experiment(
             return say(f"wrote {out / 'fig4.json'}; prequant report draws it")
         study, path = pipeline.plan_experiment(name.value, model, tasks, seeds, rates, data.value, data_dir, epochs, max_train)
         if only_list:
-            return pipeline.list_experiment(study, out)
+            return pipeline.list_experiment(study, out, jobs)
         failed = pipeline.run_experiment(study, path, out, data_dir, threads, jobs, processes)
         if failed:
             say(f"{len(failed)} runs failed; the same command tries them again")

@@ -120,6 +120,20 @@ def fig3(blocks: int) -> Experiment:
     return Experiment("How dimensions are selected (Figure 3)", arms)
 
 
+def settings(blocks: int) -> Experiment:
+    """Beyond the paper: what may bring PreQuant closer to full fine-tuning, with as many trained weights and, but for the scales of groups, as many bits."""
+    arms = (
+        FT,
+        PREQUANT,
+        _prequant("scales per row", strategy="row_wise"),
+        _prequant("scales per group of 128", strategy="group_wise"),
+        _prequant("scales per group of 128, dimensions of largest error", strategy="group_wise", selector="error"),
+        _prequant("outlier activations left out of the range", raw_outlier_activations=True),
+        _prequant("range of least error", strategy="mse"),
+    )
+    return Experiment("Settings beyond the paper", arms)
+
+
 def fig5(blocks: int) -> Experiment:
     methods = (("PTQ", "ptq"), ("QAT", "qat"), ("PreQuant", "prequant"))
     changes = {bits: {} if bits == PreQuantConfig.bits else {"bits": bits} for bits in FIGURE5_BITS}
@@ -135,5 +149,6 @@ EXPERIMENTS: dict[str, Callable[[int], Experiment]] = {
     "table5": table5,
     "table6": table6,
     "fig3": fig3,
+    "settings": settings,
     "fig5": fig5,
 }

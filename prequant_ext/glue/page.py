@@ -58,6 +58,15 @@ class Study:
     blocks: int
     plan: Plan
 
+    def joined(self, folder: Path) -> "Study":
+        """With the tasks and seeds of the study of that name in FOLDER, if it is alike in all else: a table has what ran, not what was asked for last."""
+        path = folder / f"{self.name}{PLAN_SUFFIX}"
+        earlier = Study.read(path) if path.exists() else self
+        tasks, seeds = tuple(dict.fromkeys((*earlier.plan.tasks, *self.plan.tasks))), tuple(sorted({*earlier.plan.seeds, *self.plan.seeds}))
+        both = dataclasses.replace(self, plan=dataclasses.replace(self.plan, tasks=tasks, seeds=seeds))
+        alike = dataclasses.replace(earlier, plan=dataclasses.replace(earlier.plan, tasks=tasks, seeds=seeds))
+        return both if alike == both else self
+
     def write(self, folder: Path) -> None:
         """FOLDER/NAME.plan.json, from which a report knows the rows, columns and seeds of a table."""
         settings = {field.name: getattr(self.plan, field.name) for field in dataclasses.fields(self.plan) if field.name != "experiment"}

@@ -11,9 +11,10 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,15 @@ class Plan:
         found = {lr: score for lr, score in tried.items() if score is not None}
         return max(found, key=lambda lr: (found[lr], -lr)) if len(found) == len(tried) else None
 
-    def expected(self) -> int:
-        """How many runs there are in all."""
-        fixed = [self.settings(arm, task, GRIDS[arm.method][0], seed) for arm, task in self._cells() for seed in self.seeds]
-        searching = {identity(wanted) for arm, task in self._cells() for wanted in self._searching(arm, task)}
-        shared = len(self._cells()) if self.search == "each" else 0  # the grid has run the lowest seed at the best rate
-        return len({identity(wanted) for wanted in fixed}) + len(searching) - shared
+    def every(self, lines: Sequence[Line]) -> dict[str, Wanted]:
+        """All runs that there will be, by identity. A learning rate that is not known yet stands at the first of its grid."""
+        scores, runs = scores_of(lines), [wanted for arm, task in self._cells() for wanted in self._searching(arm, task)]
+        for arm, task in self._cells():
+            lr = self.rate(arm, task, scores)
+            # A search of the same length has run the lowest seed at the best rate.
+            seeds = self.seeds[1:] if lr is None and self.search == "each" else self.seeds
+            runs += [self.settings(arm, task, GRIDS[arm.method][0] if lr is None else lr, seed) for seed in seeds]
+        return {identity(wanted): wanted for wanted in runs}
 
     def _cells(self) -> list[tuple[Arm, str]]:
         return [(arm, task) for task in self.tasks for arm in self.experiment.arms]
@@ -126,21 +130,32 @@ def perform(settings: dict[str, Any], threads: int, processes: int = 1) -> Line:
     return json.loads(done.stdout)
 
 
-@dataclass
-class Progress:
-    """What is done, what is left, and how long that will take at the pace so far."""
+def estimate(missing: Iterable[Wanted], lines: Sequence[Line]) -> float | None:
+    """Seconds of ``missing``, one after another, at the pace of ``lines``: of the same task and method, else of the task, else of all; None without lines."""
+    paces, rows = defaultdict(list), {}
+    for line in lines:
+        task, method = line["wanted"]["task"], line["wanted"]["method"]
+        for key in ((task, method), (task, None), (None, None)):
+            paces[key].append(line["seconds"] / (line["n_train"] * line["epochs"]))
+        rows[task] = max(line["n_train"], rows.get(task, 0))
+    if not rows:
+        return None
 
-    total: int
-    done: int
-    jobs: int
-    seconds: list[float] = field(default_factory=list)
+    def seconds(wanted: Wanted) -> float:
+        task = wanted["task"]
+        key = next(key for key in ((task, wanted["method"]), (task, None), (None, None)) if key in paces)
+        return statistics.median(paces[key]) * wanted["epochs"] * (wanted["max_train"] or rows.get(task) or max(rows.values()))
 
-    def __str__(self) -> str:
-        left = max(0, self.total - self.done)
-        if not self.seconds:
-            return f"{self.done} of {self.total} runs done"
-        minutes = left * statistics.mean(self.seconds) / self.jobs / 60
-        return f"{self.done} of {self.total} runs done, about {minutes:.0f} minutes left"
+    return sum(map(seconds, missing))
+
+
+def progress(plan: Plan, lines: Sequence[Line], jobs: int) -> str:
+    """What is done of ``plan``, and how long the rest takes with ``jobs`` runs side by side."""
+    every, done = plan.every(lines), set(scores_of(lines))
+    missing = [wanted for key, wanted in every.items() if key not in done]
+    seconds = estimate(missing, lines) if missing else None
+    left = "" if seconds is None else f", about {seconds / jobs / 60:.0f} minutes left"
+    return f"{len(every) - len(missing)} of {len(every)} runs done{left}"
 
 
 def run(plan: Plan, out: Path, model: str, path: str, data_dir: str | None, threads: int, jobs: int, say: Any, processes: int = 1) -> list[str]:
@@ -155,14 +170,12 @@ def run(plan: Plan, out: Path, model: str, path: str, data_dir: str | None, thre
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         os.replace(temporary, out)
     own = [line for line in lines if line["model"] == model]
-    progress = Progress(plan.expected(), 0, jobs)
     running: dict[Future, Wanted] = {}
     failed: dict[str, str] = {}
     with ThreadPoolExecutor(jobs) as pool:
         while True:
             done = set(scores_of(own))
             possible = {identity(wanted): wanted for wanted in plan.possible(own)}
-            progress.done = len(done & set(possible))
             taken = done | {identity(wanted) for wanted in running.values()} | set(failed)
             for key, wanted in possible.items():
                 if len(running) < jobs and key not in taken:
@@ -179,9 +192,7 @@ def run(plan: Plan, out: Path, model: str, path: str, data_dir: str | None, thre
                 own.append(line)
                 with out.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                progress.seconds.append(line["seconds"])
-                progress.done += 1
-                say(f"{describe(wanted)}: {100 * line['score']:.2f} in {line['seconds']:.0f} s; {progress}")
+                say(f"{describe(wanted)}: {100 * line['score']:.2f} in {line['seconds']:.0f} s; {progress(plan, own, jobs)}")
     return list(failed.values())
 
 

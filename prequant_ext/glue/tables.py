@@ -51,13 +51,14 @@ def markdown(plan: Plan, lines: Sequence[Line]) -> Iterator[str]:
 
 def notes(plan: Plan, lines: Sequence[Line], cells: dict[tuple[int, str], list[Line]]) -> Iterator[str]:
     for task in plan.tasks:
-        first = next((line for (_, name), found in cells.items() if name == task for line in found), None)
-        if first is None:
+        own = [line for (_, name), found in cells.items() if name == task for line in found]
+        if not own:
             continue
-        sizes = sorted({line["n_train"] for (_, name), found in cells.items() if name == task for line in found})
+        first = own[0]
+        sizes, seeds = sorted({line["n_train"] for line in own}), sorted({line["wanted"]["seed"] for line in own})
         yield (
             f"{task}: {' or '.join(f'{size:,}' for size in sizes)} training rows, {first['n_validation']:,} validation rows, {first['epochs']} epochs, batch "
-            f"{first['batch_size']}, best epoch of each run, seeds {', '.join(map(str, plan.seeds))}."
+            f"{first['batch_size']}, best epoch of each run, seeds {', '.join(map(str, seeds))}."
         )
     scores = scores_of(lines)
     rates = {arm.method: plan.rate(arm, plan.tasks[0], scores) for arm in plan.experiment.arms}
