@@ -15,7 +15,7 @@ import reporting
 import timing
 
 BENCH = Path(__file__).parent.parent / "bench"
-SCRIPTS = ("linear", "train_step", "model", "quantize", "peers")
+SCRIPTS = ("linear", "train_step", "model", "quantize", "mixed_tasks", "peers")
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +110,14 @@ def test_quantize_has_a_row_for_each_operator_and_one_for_the_model(run, capsys)
     assert 0 < everything["error_with_float_weights"] < 0.3 and 0 < model["error_with_float_weights"] < 0.3 and "peak_extra_mb" in everything
     assert all(row["is_released"] in (True, False, None) and row["counted"] >= 0 for row in parts["interpreter"].values())
     assert "counted meanwhile" in capsys.readouterr().out
+
+
+def test_mixed_tasks_compares_ways_that_agree(run):
+    found = run("mixed_tasks", "--layers", "1", "--hidden", "64", "--rows", "4", "--seq", "8", "--tasks", "1", "2", "--rounds", "1", "--budget", "0")
+    names = {row["name"] for row in found["rows"]}
+    ours = {"float32, no tasks", "prequant, one task", "prequant, mixed", "prequant, one after another"}
+    assert ours <= names and len(found["rows"]) == 2 * len(names) and len(names) + 2 * len(found["missing"]) == 6
+    assert all(row["error"] < 1e-5 for row in found["rows"] if "mixed" in row["name"])
 
 
 def test_a_missing_peer_is_listed_and_the_others_are_measured(run, monkeypatch, tmp_path, capsys):
