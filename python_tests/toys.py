@@ -30,6 +30,7 @@ TOYS = {  # name: class of the model, class of its config, sizes
     "opt": ("OPTForCausalLM", "OPTConfig", _SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32}),
     "llama": ("LlamaForCausalLM", "LlamaConfig", _LLAMA),
     "mistral": ("MistralForCausalLM", "MistralConfig", _LLAMA),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _LLAMA),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _LLAMA),
     "gemma": ("GemmaForCausalLM", "GemmaConfig", _LLAMA),
 }
