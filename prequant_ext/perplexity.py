@@ -12,11 +12,13 @@ DEFAULT_MAX_LENGTH = 2048  # at most: a window of all positions of a long-contex
 
 
 def perplexity(model: nn.Module, tokens: Tensor | Sequence[int], *, max_length: int | None = None, stride: int | None = None) -> float:
-    """``exp(mean of token_losses)``: the exponential of the mean negative log likelihood over the predicted tokens, each counted once.
+    """:func:`exp_mean` of :func:`token_losses`, whose arguments and errors it has."""
+    return exp_mean(token_losses(model, tokens, max_length=max_length, stride=stride))
 
-    Arguments and errors are those of :func:`token_losses`.
-    """
-    return token_losses(model, tokens, max_length=max_length, stride=stride).double().mean().exp().item()
+
+def exp_mean(losses: Tensor) -> float:
+    """``exp(mean(losses))``: of negative log likelihoods, the perplexity over the tokens they are of, each counted once."""
+    return losses.double().mean().exp().item()
 
 
 @torch.no_grad()

@@ -22,11 +22,13 @@ from prequant_ext.glue.tables import markdown
 from prequant_ext.glue.tasks import get_task, load_rows
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import PlanRow, Report, merge, plan, quantize_model
+from prequant_ext.perplexity import exp_mean, token_losses, window_sizes
 from prequant_ext.task import load_task
 from prequant_ext.task_file import read_task, write_atomically
 
 REPORT_FILE = "prequant_report.json"  # beside the weights: errors and outlier counts cannot be computed again once the float weights are gone
-KEPT_HEADS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForSequenceClassification")
+CAUSAL_LM_HEADS = ("ForCausalLM", "LMHeadModel")
+KEPT_HEADS = (*CAUSAL_LM_HEADS, "ForConditionalGeneration", "ForSequenceClassification")
 PLAN_TITLES = ("module", "shape", "axis", "bits", "r", "trained", "kB")
 
 
@@ -173,6 +175,53 @@ def merge_directory(name: str, task_file: Path | None, out: Path) -> int:
     merge(model)
     checkpoint.save_model_dir(model, _tokenizer(name), out)
     return sum(parameter.nbytes for parameter in model.parameters())
+
+
+# ---- language models ---------------------------------------------------------------------------------------------------
+
+
+def language_model(name: str, task_file: Path | None) -> tuple[PreTrainedModel, Any]:
+    """(model, tokenizer) of a causal language model, float or quantized, with a task in it where a file is named.
+
+    Raises FileNotFoundError; ValueError where it is another kind of model or has no tokenizer, or as load_task.
+    """
+    path = resolve_model(name)
+    own_config = model_config(path)
+    architecture = next(iter(own_config.architectures or ()), "none")
+    if not architecture.endswith(CAUSAL_LM_HEADS):
+        raise ValueError(f"{name} must be a causal language model, but its config.json names the architecture {architecture}")
+    tokenizer = _tokenizer(path)
+    if tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer")
+    model = _model_class(own_config).from_pretrained(path)
+    if task_file is not None:
+        load_task(model, task_file)
+    return model, tokenizer
+
+
+def perplexities(
+    name: str, task_file: Path | None, other: str | None, text_file: Path, max_length: int | None, stride: int | None, max_tokens: int | None
+) -> dict[str, Any]:
+    """Perplexity of the model ``name`` on a text, of the model ``other`` beside it, and over which windows. ``max_tokens``: only the first of the text.
+
+    Raises ValueError where the two take the text for different tokens: perplexities are per token, and would not compare.
+    """
+    try:
+        text = text_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text_file} must be a text in UTF-8: {error}") from error
+    model, tokenizer = language_model(name, task_file)
+    tokens = tokenizer(text)["input_ids"][:max_tokens]
+    max_length, stride = window_sizes(model, max_length, stride)
+    losses = token_losses(model, tokens, max_length=max_length, stride=stride)
+    result: dict[str, Any] = {"model": name, "perplexity": exp_mean(losses), "predicted_tokens": len(losses), "max_length": max_length, "stride": stride}
+    if other is not None:
+        del model  # one at a time in memory
+        model, tokenizer = language_model(other, None)
+        if tokenizer(text)["input_ids"][:max_tokens] != tokens:
+            raise ValueError(f"{name} and {other} must have the same tokenizer, but make different tokens of {text_file}")
+        result["compared"] = {"model": other, "perplexity": exp_mean(token_losses(model, tokens, max_length=max_length, stride=stride))}
+    return result
 
 
 # ---- experiments -------------------------------------------------------------------------------------------------------

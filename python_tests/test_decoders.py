@@ -7,8 +7,8 @@ fall on either side, and in bfloat16 every product is rounded: hence the larger 
 import pytest
 import torch
 from safetensors.torch import load_file
-from toys import make_toy, save_toy
 from torch import nn
+from toys import make_toy, save_toy
 from transformers import AutoModelForCausalLM, CompileConfig
 
 from prequant_ext import PreQuantConfig, PreQuantEmbedding, PreQuantLinear, merge, quantize_model, trainable_parameters

@@ -1,14 +1,18 @@
-"""Perplexity against its definition: every token predicted once, one forward pass a token."""
+"""Perplexity against its definition, every token predicted once by a forward pass of its own; and its command."""
 
+import json
 import math
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from toys import make_toy
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
-from prequant_ext import PreQuantConfig, quantize_model
+from prequant_ext import PreQuantConfig, cli, quantize_model
 from prequant_ext.perplexity import perplexity, token_losses, window_sizes, windows
+from prequant_ext.task import save_task
 
 TOKENS = torch.randint(3, 99, (23,), generator=torch.Generator().manual_seed(2))
 
@@ -127,15 +131,98 @@ def test_refuses(tokens, settings, message):
         perplexity(make_toy("llama"), tokens, **settings)
 
 
-def test_a_model_that_sees_what_it_predicts_is_refused():
-    bert, t5 = make_toy("bert").config, make_toy("t5").config
-    for model in (
-        AutoModelForMaskedLM.from_config(bert),
-        AutoModelForSeq2SeqLM.from_config(t5),
-        make_toy("bert"),
-        AutoModel.from_config(make_toy("llama").config),
-    ):
+def test_a_model_that_sees_what_it_predicts_or_predicts_nothing_is_refused():
+    masked, encoder_decoder = AutoModelForMaskedLM.from_config(make_toy("bert").config), AutoModelForSeq2SeqLM.from_config(make_toy("t5").config)
+    for model in (masked, encoder_decoder, make_toy("bert"), AutoModel.from_config(make_toy("llama").config), torch.nn.Linear(3, 3)):
         with pytest.raises(ValueError, match=f"model must be a causal language model of transformers, got {type(model).__name__}"):
             perplexity(model, TOKENS)
-    with pytest.raises(ValueError, match="got Linear"):
-        perplexity(torch.nn.Linear(3, 3), TOKENS)
+
+
+# ---- the command ------------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments, expect=0):
+    """The result of ``prequant perplexity ARGUMENTS``; its standard output is JSON where --json is among them."""
+    result = CliRunner().invoke(cli.app, ["perplexity", *(str(argument) for argument in arguments)], catch_exceptions=False)
+    assert result.exit_code == expect, result.output
+    return json.loads(result.stdout) if "--json" in arguments and expect == 0 else result
+
+
+def save(model, folder, first=0):
+    """Write the model with a tokenizer of which the words are the numbers from ``first``, with the ids 0, 1, 2, ..."""
+    tokenizer = Tokenizer(models.WordLevel({str(first + i): i for i in range(99)}, unk_token=str(first)))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A float and a quantized Llama, a task on the latter, and a text."""
+    save(make_toy("llama"), tmp_path / "float")
+    model = make_toy("llama")
+    quantize_model(model, PreQuantConfig(r=2))
+    save(model, tmp_path / "base")
+    for name, parameter in model.named_parameters():
+        if name.endswith("outlier_weight"):
+            parameter.data.neg_()
+    save_task(model, "negated", tmp_path / "negated.task")
+    (tmp_path / "text").write_text(" ".join(str(token) for token in TOKENS.tolist()))
+    return tmp_path
+
+
+def test_the_command_measures_float_quantized_and_fine_tuned(folder):
+    model = make_toy("llama")
+    expected = {"float": perplexity(model, TOKENS, max_length=8, stride=3)}
+    quantize_model(model, PreQuantConfig(r=2))
+    expected["base"] = perplexity(model, TOKENS, max_length=8, stride=3)
+    for parameter in (p for name, p in model.named_parameters() if name.endswith("outlier_weight")):
+        parameter.data.neg_()
+    expected["task"] = perplexity(model, TOKENS, max_length=8, stride=3)
+    assert len(set(expected.values())) == 3
+
+    window = ("--text", folder / "text", "--max-length", 8, "--stride", 3)
+    before = run(folder / "base", *window, "--compare", folder / "float", "--json")
+    assert before["perplexity"] == pytest.approx(expected["base"], rel=1e-2)
+    assert before["compared"] == {"model": str(folder / "float"), "perplexity": pytest.approx(expected["float"], rel=1e-4)}
+    assert (before["predicted_tokens"], before["max_length"], before["stride"], before["task_file"]) == (22, 8, 3, None)
+    after = run(folder / "base", *window, "--task-file", folder / "negated.task", "--json")
+    assert after["perplexity"] == pytest.approx(expected["task"], rel=1e-2)
+    assert "compared" not in after
+
+    lines = run(folder / "base", *window, "--compare", folder / "float").stdout.splitlines()
+    assert [float(line.split()[-1]) for line in lines[2:4]] == pytest.approx([before["perplexity"], before["compared"]["perplexity"]], abs=1e-3)
+    assert lines[-1] == f"22 predicted tokens of {folder / 'text'}, windows of 8, one every 3"
+
+
+def test_the_first_tokens_in_the_default_window(folder):
+    found = run(folder / "float", "--text", folder / "text", "--max-tokens", 9, "--json")
+    assert found["perplexity"] == pytest.approx(perplexity(make_toy("llama"), TOKENS[:9]), rel=1e-4)
+    assert (found["predicted_tokens"], found["max_length"], found["stride"]) == (8, 40, 20)
+
+
+def test_what_the_command_refuses(folder):
+    save(make_toy("llama"), folder / "shifted", first=1)
+    save(make_toy("bert"), folder / "bert")
+    make_toy("llama").save_pretrained(folder / "mute")
+    (folder / "binary").write_bytes(b"\xff\xfe")
+    (folder / "empty").write_text("")
+    text = ("--text", folder / "text")
+    for arguments, message in (
+        ((folder / "none", *text), "no model at"),
+        ((folder / "bert", *text), "must be a causal language model, but its config.json names the architecture BertForSequenceClassification"),
+        ((folder / "mute", *text), "mute has no tokenizer"),
+        ((folder / "base", "--text", folder / "none"), "none"),
+        ((folder / "base", "--text", folder / "binary"), "binary must be a text in UTF-8"),
+        ((folder / "base", "--text", folder / "empty"), "tokens must be at least 2"),
+        ((folder / "base", *text, "--stride", 41), "stride must be an integer from 1 to max_length = 40, got 41"),
+        ((folder / "base", *text, "--compare", folder / "shifted"), "must have the same tokenizer, but make different tokens"),
+        ((folder / "float", *text, "--task-file", folder / "negated.task"), "must be quantized"),
+    ):
+        result = run(*arguments, expect=2)
+        assert message in result.stderr and not result.stdout
+
+
+def test_help_has_an_example():
+    assert "Example: prequant perplexity base --text" in " ".join(run("--help").stdout.split())
