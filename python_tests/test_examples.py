@@ -45,3 +45,42 @@ def test_causal_lm(tmp_path):
 
 def test_causal_lm_says_what_is_missing(tmp_path):
     assert "name --train-file and --eval-file, or say --toy" in run("causal_lm.py", "--out", tmp_path, expect=2)
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path):
+    printed = run("quickstart.py", "--toy", "--out", tmp_path)
+    accuracy, size = re.search(r"accuracy ([\d.]+) on 128 rows; .*task\.task has ([\d,]+) bytes; on a fresh base: the same answers", printed).groups()
+    assert float(accuracy) > 0.7
+    assert int(size.replace(",", "")) == (tmp_path / "task.task").stat().st_size < (tmp_path / "base" / "model.safetensors").stat().st_size / 2
+
+
+@pytest.mark.slow
+def test_quickstart_reads_rows_of_a_file(tmp_path):
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import toy
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    model = toy.save_model(tmp_path / "model")
+    for split in ("train", "validation"):
+        texts, labels = toy.rows("sst2", split)
+        (tmp_path / f"{split}.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in zip(texts[:64], labels[:64], strict=True)))
+    files = ("--train-file", tmp_path / "train.csv", "--eval-file", tmp_path / "validation.csv")
+    printed = run("quickstart.py", "--model", model, *files, "--epochs", 1, "--name", "mine", "--out", tmp_path / "out")
+    assert "on 64 rows" in printed and "the same answers" in printed and (tmp_path / "out" / "mine.task").exists()
+
+
+@pytest.mark.slow
+def test_many_tasks(tmp_path):
+    printed = run("many_tasks.py", "--toy", "--out", tmp_path)
+    rows = re.findall(r"^(topic|other-topic) +([01])  (.*)$", printed, re.MULTILINE)
+    answers = {(name, text): answer for name, answer, text in rows}
+    assert len(rows) == 8
+    assert sum(answers["topic", text] != answers["other-topic", text] for _, _, text in rows[::2]) >= 3  # the same text, opposite tasks
+    assert float(re.search(r"one task at a time: (\S+)", printed)[1]) < 1e-5
+
+
+@pytest.mark.parametrize("script", ["quickstart.py", "many_tasks.py"])
+def test_what_is_missing_is_said(script):
+    assert "or say --toy" in run(script, expect=2)

@@ -52,7 +52,7 @@ def test_imports_point_down_only():
         ["ops"],
         ["outliers"],
         ["quantize", "frozen"],
-        ["linear", "embedding", "families", "doctor", "t5_encoder"],
+        ["linear", "embedding", "families", "doctor", "t5_encoder", "perplexity"],
         ["blocks", "sites", "report"],
         ["model"],
         ["row_tasks", "checkpoint", "task_file"],

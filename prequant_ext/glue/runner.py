@@ -132,7 +132,8 @@ def perform(settings: dict[str, Any], threads: int, processes: int = 1) -> Line:
 
 def estimate(missing: Iterable[Wanted], lines: Sequence[Line]) -> float | None:
     """Seconds of ``missing``, one after another, at the pace of ``lines``: of the same task and method, else of the task, else of all; None without lines."""
-    paces, rows = defaultdict(list), {}
+    paces: dict[tuple[str | None, str | None], list[float]] = defaultdict(list)
+    rows: dict[str, int] = {}
     for line in lines:
         task, method = line["wanted"]["task"], line["wanted"]["method"]
         for key in ((task, method), (task, None), (None, None)):
