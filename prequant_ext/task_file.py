@@ -145,13 +145,21 @@ def read_task(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor
 
 def check_fits(path: str | os.PathLike, metadata: Mapping[str, str], tensors: Mapping[str, Tensor], model: nn.Module) -> None:
     """Raises ValueError, with both sides, where a task file's base, its tensors or one of their shapes are not those of ``model``."""
-    base = fingerprint(model)
-    if metadata["base_fingerprint"] != base:
-        raise ValueError(f"{path} was trained on the base {metadata['base_fingerprint']} but the model's base is {base}")
-    wanted = task_tensors(model)
-    absent, surplus = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    check_matches(path, metadata, tensors, fingerprint(model), {key: parameter.shape for key, parameter in task_tensors(model).items()})
+
+
+def check_matches(
+    path: str | os.PathLike, metadata: Mapping[str, str], tensors: Mapping[str, Tensor], base_fingerprint: str, shapes: Mapping[str, torch.Size]
+) -> None:
+    """:func:`check_fits` from what it reads of a model, for one that another thread is using or whose base has been hashed already.
+
+    shapes  of the model's :func:`task_tensors`, by name
+    """
+    if metadata["base_fingerprint"] != base_fingerprint:
+        raise ValueError(f"{path} was trained on the base {metadata['base_fingerprint']} but the model's base is {base_fingerprint}")
+    absent, surplus = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
     if absent or surplus:
         raise ValueError(f"{path} does not fit the model: it lacks {absent or 'nothing'} and holds {surplus or 'nothing'} that the model does not have")
-    for key, parameter in wanted.items():
-        if tensors[key].shape != parameter.shape:
-            raise ValueError(f"{key} has shape {tuple(tensors[key].shape)} in {path} but {tuple(parameter.shape)} in the model")
+    for key, shape in shapes.items():
+        if tensors[key].shape != shape:
+            raise ValueError(f"{key} has shape {tuple(tensors[key].shape)} in {path} but {tuple(shape)} in the model")
