@@ -26,6 +26,7 @@ class Task:
     """One task of GLUE: the text fields, the labels, and the metrics, of which the first ranks runs.
 
     num_labels 1 is a regression; its labels are numbers from 0 to ``top_label``.
+    label_names: what each label says, as GLUE names it; a regression has none.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Task:
     metrics: tuple[str, ...] = ("accuracy",)
     hub_validation: str = "validation"
     top_label: float = 5.0
+    label_names: tuple[str, ...] = ()
 
     @property
     def is_regression(self) -> bool:
@@ -52,17 +54,18 @@ class Task:
 
 
 _PAIR = ("sentence1", "sentence2")
+_ENTAILMENT = ("entailment", "not_entailment")
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("cola", ("sentence",), metrics=("matthews",)),
-        Task("sst2", ("sentence",)),
-        Task("mrpc", _PAIR, metrics=("accuracy", "f1")),
+        Task("cola", ("sentence",), metrics=("matthews",), label_names=("unacceptable", "acceptable")),
+        Task("sst2", ("sentence",), label_names=("negative", "positive")),
+        Task("mrpc", _PAIR, metrics=("accuracy", "f1"), label_names=("not_equivalent", "equivalent")),
         Task("stsb", _PAIR, num_labels=1, metrics=("spearman", "pearson")),
-        Task("qqp", ("question1", "question2"), metrics=("accuracy", "f1")),
-        Task("mnli", ("premise", "hypothesis"), num_labels=3, hub_validation="validation_matched"),
-        Task("qnli", ("question", "sentence")),
-        Task("rte", _PAIR),
+        Task("qqp", ("question1", "question2"), metrics=("accuracy", "f1"), label_names=("not_duplicate", "duplicate")),
+        Task("mnli", ("premise", "hypothesis"), num_labels=3, hub_validation="validation_matched", label_names=("entailment", "neutral", "contradiction")),
+        Task("qnli", ("question", "sentence"), label_names=_ENTAILMENT),
+        Task("rte", _PAIR, label_names=_ENTAILMENT),
     )
 }
 
