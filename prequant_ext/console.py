@@ -34,7 +34,7 @@ def show(titles: Sequence[str], rows: Sequence[Sequence[str]], caption: str = ""
 
 
 def show_json(value: Any) -> None:
-    print(json.dumps(value))
+    print(json.dumps(value), flush=True)  # a program may wait for it while this one goes on
 
 
 @contextmanager

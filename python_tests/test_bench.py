@@ -15,7 +15,7 @@ import reporting
 import timing
 
 BENCH = Path(__file__).parent.parent / "bench"
-SCRIPTS = ("linear", "train_step", "model", "quantize", "mixed_tasks", "peers")
+SCRIPTS = ("linear", "train_step", "model", "quantize", "mixed_tasks", "serve", "peers")
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +118,15 @@ def test_mixed_tasks_compares_ways_that_agree(run):
     ours = {"float32, no tasks", "prequant, one task", "prequant, mixed", "prequant, one after another"}
     assert ours <= names and len(found["rows"]) == 2 * len(names) and len(names) + 2 * len(found["missing"]) == 6
     assert all(row["error"] < 1e-5 for row in found["rows"] if "mixed" in row["name"])
+
+
+def test_serve_has_a_row_for_each_number_of_tasks_and_size_of_batch(run, capsys):
+    found = run("serve", "--layers", "1", "--hidden", "64", "--words", "4", "--requests", "20", "--clients", "4", "--rounds", "1", "--max-batch", "4")
+    assert {(row["tasks"], row["max_batch"]) for row in found["rows"]} == {(tasks, batch) for tasks in (1, 4, 16) for batch in (4, 1)}
+    for row in found["rows"]:
+        assert row["requests"] == 20 and row["rounds"] == 1 and row["p99_milliseconds"] >= row["milliseconds"]
+        assert row["requests_per_second"] > 0 and row["roofline_share"] > 0
+    assert "| threads | server | p50 ms | p99 ms | requests/s | % |" in capsys.readouterr().out
 
 
 def test_a_missing_peer_is_listed_and_the_others_are_measured(run, monkeypatch, tmp_path, capsys):

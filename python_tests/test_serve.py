@@ -1,0 +1,567 @@
+"""The server over real HTTP: answers, shared batches, limits, tasks that come and go under load, and its end."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import statistics
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file
+from serving import OTHER, TASKS, TEXT, direct_logits, query, running, save_base, save_random_task, subprocess_server
+from typer.testing import CliRunner
+
+from prequant_ext import cli
+from prequant_ext.serve import server
+from prequant_ext.serve.app import create_app
+from prequant_ext.serve.backbone import Query, load
+from prequant_ext.serve.settings import Settings
+from prequant_ext.task_file import read_task, write_task
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("serve")
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    return save_base(folder)
+
+
+@pytest.fixture(scope="module")
+def files(folder, base):
+    """A task file for each of TASKS."""
+    (folder / "tasks").mkdir()
+    return {name: save_random_task(base, folder / "tasks" / f"{name}.task", name, labels, seed) for seed, (name, labels) in enumerate(TASKS.items())}
+
+
+@pytest.fixture(scope="module")
+def spare(folder, base, files):
+    """The task files that no server starts with."""
+    tasks = folder / "tasks"
+    other_base = save_base(folder / "other", bits=3)
+    damaged = tasks / "damaged.task"
+    damaged.write_bytes(files["sst2"].read_bytes()[:-100])
+    (tasks / "link.task").symlink_to(folder / "base" / "model.safetensors")
+    return {
+        "second": save_random_task(base, tasks / "second.task", "sst2", 2, 10, score=0.875),
+        "generated": save_random_task(base, tasks / "generated.task", "sst2", 2, 11, data="synthetic"),
+        "wide": save_random_task(base, tasks / "wide.task", "wide", 5, 12),
+        "wrong base": save_random_task(other_base, tasks / "foreign.task", "foreign", 2, 13),
+        "endless": save_random_task(base, tasks / "endless.task", "endless", 2, 14, max_length=65),
+        "damaged": damaged,
+    }
+
+
+@pytest.fixture(scope="module")
+def client(base, files):
+    """A server whose tasks stay."""
+    settings = Settings(max_text=200, max_rows=8, max_body=4096)
+    app = create_app(load(base, list(files.values()), settings), settings)
+    with running(app) as found:
+        found.app = app
+        yield found
+
+
+@pytest.fixture
+def changing(base, files, spare, folder):
+    """A server whose tasks may change; it starts with sst2 and takes three."""
+    settings = Settings(task_dir=folder / "tasks", max_tasks=3)
+    app = create_app(load(base, [files["sst2"]], settings), settings)
+    with running(app) as found:
+        found.app = app
+        yield found
+
+
+def expected(base, path, name, text=TEXT):
+    """What the server must answer of its task file at ``path``: probabilities or a score, in order."""
+    texts = [value for key, value in query(name, text).items() if key != "task"]
+    logits = direct_logits(base, path, TASKS.get(name, 2), *texts)
+    return logits if len(logits) == 1 else logits.softmax(0)
+
+
+def values_of(answer):
+    return torch.tensor(list(answer["probabilities"].values()) if "probabilities" in answer else [answer["score"]])
+
+
+def counts(client):
+    """The samples of /metrics by name and labels."""
+    lines = client.get("/metrics").text.splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
+def detail(response, status):
+    assert response.status_code == status, response.text
+    return response.json()["detail"]
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_an_answer_is_that_of_the_model_with_the_task_alone(client, base, files, name):
+    answer = client.post("/predict", json=query(name)).raise_for_status().json()
+    wanted = expected(base, files[name], name)
+    torch.testing.assert_close(values_of(answer), wanted, atol=2e-4, rtol=1e-4)
+    assert answer["task"] == name and answer["is_cut"] is False and answer["tokens"] == (8 if name in ("sst2", "topics") else 15)
+    if len(wanted) > 1:
+        assert answer["label"] == list(answer["probabilities"])[int(wanted.argmax())]
+
+
+def test_labels_are_those_of_glue_or_numbers(client):
+    found = {task["name"]: task for task in client.get("/tasks").json()["tasks"]}
+    assert {name: task["labels"] for name, task in found.items()} == {
+        "sst2": ["negative", "positive"], "mnli": ["entailment", "neutral", "contradiction"], "stsb": [], "topics": ["0", "1"]
+    }  # fmt: skip
+    assert {name: task["num_texts"] for name, task in found.items()} == {"sst2": 1, "mnli": 2, "stsb": 2, "topics": None}
+    assert {task["max_length"] for task in found.values()} == {32} and found["sst2"]["version"] == 1
+
+
+def test_a_list_of_all_tasks_is_one_batch_in_its_order(client, base, files):
+    before = counts(client)
+    queries = [query(name) for name in (*TASKS, "sst2")]
+    answers = client.post("/predict", json=queries).raise_for_status().json()
+    after = counts(client)
+    assert [answer["task"] for answer in answers] == [one["task"] for one in queries]
+    assert all(answer["batch"] == {"rows": 5, "tasks": list(TASKS)} for answer in answers)
+    for answer in answers:
+        torch.testing.assert_close(values_of(answer), expected(base, files[answer["task"]], answer["task"]), atol=2e-4, rtol=1e-4)
+    grown = {name: after[name] - before[name] for name in ("prequant_batch_rows_count", "prequant_batch_rows_sum", "prequant_batch_tasks_sum")}
+    assert grown == {"prequant_batch_rows_count": 1, "prequant_batch_rows_sum": 5, "prequant_batch_tasks_sum": 4}
+    assert after['prequant_rows_total{task="sst2"}'] - before['prequant_rows_total{task="sst2"}'] == 2
+
+
+def test_a_task_outside_glue_takes_one_text_or_two(client, base, files):
+    answer = client.post("/predict", json={"task": "topics", "text": TEXT, "text_pair": OTHER}).json()
+    wanted = direct_logits(base, files["topics"], 2, TEXT, OTHER).softmax(0)
+    torch.testing.assert_close(values_of(answer), wanted, atol=2e-4, rtol=1e-4)
+
+
+def test_a_long_text_is_cut_and_says_so(client):
+    answer = client.post("/predict", json=query("sst2", "river " * 33)).json()
+    assert (answer["tokens"], answer["is_cut"]) == (32, True)
+    assert client.post("/predict", json=query("sst2", "river " * 30)).json()["is_cut"] is False
+
+
+# ---- limits and mistakes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (query("nosuch"), 404, "no task 'nosuch': the server has sst2, mnli, stsb, topics"),
+        ([query("sst2"), query("nosuch")], 404, "no task 'nosuch'"),
+        ({"task": "mnli", "text": TEXT}, 422, "task 'mnli' takes two texts, text and text_pair"),
+        (query("sst2") | {"text_pair": OTHER}, 422, "task 'sst2' takes one text, without text_pair"),
+        (query("sst2", ""), 422, "text: String should have at least 1 character"),
+        (query("sst2", "\ud800"), 422, "text: "),
+        (query("sst2", "x" * 201), 422, "text must have at most 200 characters, got 201"),
+        (query("mnli") | {"text_pair": "x" * 201}, 422, "text_pair must have at most 200 characters, got 201"),
+        ({"text": TEXT}, 422, "task: Field required"),
+        (query("sst2") | {"top": 3}, 422, "top: Extra inputs are not permitted"),
+        ([query("sst2"), {"task": "sst2", "text": 5}], 422, "1.text: Input should be a valid string"),
+        ([], 422, "a list must hold 1 to 8 queries, got 0"),
+        ([query("sst2")] * 9, 422, "a list must hold 1 to 8 queries, got 9"),
+        ("text", 422, "valid dictionary"),
+    ],
+    ids=lambda value: str(value)[:40].encode("ascii", "replace").decode() if not isinstance(value, int) else None,
+)
+def test_a_bad_request_is_told_what_is_wrong(client, body, status, message):
+    before = counts(client)["prequant_batch_rows_count"]
+    content = json.dumps(body)  # httpx's own would refuse half of a surrogate pair
+    assert message in detail(client.post("/predict", content=content, headers={"content-type": "application/json"}), status)
+    assert counts(client)["prequant_batch_rows_count"] == before
+
+
+def test_what_is_no_json_is_refused(client):
+    assert "JSON" in detail(client.post("/predict", content=b"{", headers={"content-type": "application/json"}), 422)
+
+
+@pytest.mark.parametrize("body", [b" " * 4097, iter([b" " * 2048, b" " * 2049])], ids=["announced", "in chunks"])
+def test_a_large_body_is_refused(client, body):
+    assert client.post("/predict", content=body, headers={"content-type": "application/json"}).status_code == 413
+    assert client.post("/predict", json=query("sst2")).status_code == 200
+
+
+def held(app):
+    """The model's thread waits until the returned event is set."""
+    reached, release = threading.Event(), threading.Event()
+    app.state.serving.batcher.change(lambda: (reached.set(), release.wait(60)))
+    assert reached.wait(60)
+    return release
+
+
+def in_background(client, body, answers):
+    """A request of its own connection, started; its response goes to ``answers``."""
+    thread = threading.Thread(target=lambda: answers.append(httpx.post(f"{client.base_url}/predict", json=body, timeout=60)))
+    thread.start()
+    return thread
+
+
+def until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_full_queue_says_when_to_come_again(base, files):
+    settings = Settings(max_queue=2, max_rows=2)
+    app = create_app(load(base, [files["sst2"]], settings), settings)
+    with running(app) as client:
+        release, answers = held(app), []
+        thread = in_background(client, [query("sst2")] * 2, answers)
+        until(lambda: len(app.state.serving.batcher.queue) == 2)
+        refused = client.post("/predict", json=query("sst2"))
+        assert detail(refused, 503) == "2 texts wait already, and at most 2 may" and refused.headers["retry-after"] == "1"
+        assert counts(client)["prequant_queue_rows"] == 2
+        release.set()
+        thread.join()
+        assert [answer.status_code for answer in answers] == [200] and client.post("/predict", json=query("sst2")).status_code == 200
+
+
+def test_the_end_answers_what_is_queued_and_refuses_the_rest(base, files):
+    settings = Settings(max_batch=2)
+    app = create_app(load(base, [files["sst2"]], settings), settings)
+    with running(app) as client:
+        release, answers = held(app), []
+        threads = [in_background(client, query("sst2"), answers) for _ in range(5)]
+        until(lambda: len(app.state.serving.batcher.queue) == 5)
+        drain = threading.Thread(target=app.state.serving.batcher.drain, args=(60,))
+        drain.start()
+        until(lambda: app.state.serving.batcher.is_draining)
+        refused = client.post("/predict", json=query("sst2"))
+        assert detail(refused, 503) == "the server is about to stop" and refused.headers["connection"] == "close" and refused.headers["retry-after"] == "1"
+        health = client.get("/health")
+        assert health.status_code == 503 and health.json() == {"status": "draining", "tasks": 1}
+        release.set()
+        for thread in (*threads, drain):
+            thread.join()
+        assert [answer.status_code for answer in answers] == [200] * 5
+
+
+def test_a_fault_of_the_model_is_a_500_and_the_server_goes_on(base, files, monkeypatch):
+    app = create_app(load(base, [files["sst2"]], Settings()), Settings())
+    batcher = app.state.serving.batcher
+    with running(app) as client, monkeypatch.context() as patched:
+
+        def fail(queries):
+            raise RuntimeError("out of memory")
+
+        patched.setattr(batcher, "answer", fail)
+        assert client.post("/predict", json=query("sst2")).status_code == 500
+        patched.undo()
+        assert client.post("/predict", json=query("sst2")).status_code == 200
+        found = counts(client)
+        assert found["prequant_failed_rows_total"] == 1 and found['prequant_requests_total{method="POST",path="/predict",status="500"}'] == 1
+
+
+# ---- tasks that come and go ------------------------------------------------------------------------------------------------
+
+
+def test_a_task_is_loaded_answers_and_is_removed(changing, base, files):
+    assert changing.get("/tasks").json()["can_change"] is True
+    put = changing.put("/tasks/stsb", json={"file": "stsb.task"})
+    assert (put.status_code, put.json()["version"], put.json()["name"]) == (201, 2, "stsb")
+    answer = changing.post("/predict", json=query("stsb")).raise_for_status().json()
+    torch.testing.assert_close(values_of(answer), expected(base, files["stsb"], "stsb"), atol=2e-4, rtol=1e-4)
+    assert changing.delete("/tasks/stsb").status_code == 204
+    assert "no task 'stsb': the server has sst2" in detail(changing.post("/predict", json=query("stsb")), 404)
+    assert "no task 'stsb'" in detail(changing.delete("/tasks/stsb"), 404)
+    assert [task["name"] for task in changing.get("/tasks").json()["tasks"]] == ["sst2"]
+
+
+def test_a_task_is_replaced_by_an_upload(changing, base, spare):
+    upload = {"content": spare["second"].read_bytes(), "headers": {"content-type": "application/octet-stream"}}
+    put = changing.put("/tasks/sst2", **upload)
+    assert (put.status_code, put.json()["version"], put.json()["score"]) == (200, 2, "0.875")
+    answer = changing.post("/predict", json=query("sst2")).json()
+    torch.testing.assert_close(values_of(answer), expected(base, spare["second"], "sst2"), atol=2e-4, rtol=1e-4)
+    assert answer["version"] == 2
+    put = changing.put("/tasks/sst2-again", **upload)  # under a name of its own; what it was trained on stays known
+    assert put.status_code == 201 and put.json()["labels"] == ["negative", "positive"]
+
+
+def test_a_task_of_generated_data_has_no_names_of_glue(changing):
+    assert changing.put("/tasks/sst2", json={"file": "generated.task"}).json()["labels"] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "status", "message"),
+    [
+        ("foreign", {"file": "foreign.task"}, 422, r"foreign.task was trained on the base [0-9a-f]{64} but the model's base is [0-9a-f]{64}"),
+        ("damaged", {"file": "damaged.task"}, 422, "damaged.task is damaged or no task file"),
+        ("wide", {"file": "wide.task"}, 422, "wide.task has 5 labels but this server's head has 3: start the server with it among --tasks"),
+        ("endless", {"file": "endless.task"}, 422, "endless.task: max_length must be from 8 to 64, which the model has positions for, got 65"),
+        ("x", {"file": "nosuch.task"}, 404, "no task file at nosuch.task"),
+        ("x", {"file": "."}, 404, "no task file at ."),
+        ("x", {"file": "../base/model.safetensors"}, 403, "file must be inside the folder of task files"),
+        ("x", {"file": "/etc/passwd"}, 403, "file must be inside the folder of task files"),
+        ("x", {"file": "link.task"}, 403, "file must be inside the folder of task files"),
+        ("x", {"file": "a\0b"}, 422, "the body must be JSON"),
+        ("x", {"path": "sst2.task"}, 422, "the body must be JSON"),
+        ("x", ["sst2.task"], 422, "the body must be JSON"),
+        ("no name", {"file": "sst2.task"}, 422, "task name must match"),
+    ],
+    ids=lambda value: str(value).replace("\0", "NUL") if isinstance(value, dict) else None,
+)
+def test_a_task_that_cannot_be_loaded_changes_nothing(changing, folder, name, body, status, message):
+    before = changing.get("/tasks").json()
+    said = detail(changing.put(f"/tasks/{name}", json=body), status)
+    assert re.search(message, said) and str(folder) not in said
+    assert changing.get("/tasks").json() == before
+
+
+def test_a_damaged_or_large_upload_is_refused(changing, spare):
+    headers = {"content-type": "application/octet-stream"}
+    said = detail(changing.put("/tasks/x", content=spare["damaged"].read_bytes(), headers=headers), 422)
+    assert said.startswith("the uploaded file is damaged or no task file")
+    largest = changing.app.state.serving.backbone.max_task_bytes
+    assert spare["second"].stat().st_size < largest < 5_000_000
+    assert changing.put("/tasks/x", content=bytes(largest + 1), headers=headers).status_code == 413
+    assert "got 'text/plain'" in detail(changing.put("/tasks/x", content=b"x", headers={"content-type": "text/plain"}), 415)
+    assert "JSON" in detail(changing.put("/tasks/x", content=b"{", headers={"content-type": "application/json"}), 422)
+    assert len(changing.get("/tasks").json()["tasks"]) == 1
+
+
+def test_no_more_tasks_than_the_server_takes(changing):
+    for name in ("a", "b"):
+        assert changing.put(f"/tasks/{name}", json={"file": "topics.task"}).status_code == 201
+    assert "the server has 3 tasks and takes no more" in detail(changing.put("/tasks/c", json={"file": "topics.task"}), 409)
+    assert changing.put("/tasks/b", json={"file": "second.task"}).status_code == 200
+
+
+def test_without_a_folder_the_tasks_stay(client, spare):
+    assert client.get("/tasks").json()["can_change"] is False
+    assert "started without --task-dir" in detail(client.put("/tasks/sst2", json={"file": "sst2.task"}), 403)
+    headers = {"content-type": "application/octet-stream"}
+    assert "started without --task-dir" in detail(client.put("/tasks/sst2", content=spare["second"].read_bytes(), headers=headers), 403)
+    assert "started without --task-dir" in detail(client.delete("/tasks/sst2"), 403)
+
+
+# ---- health, metrics, page -------------------------------------------------------------------------------------------------
+
+
+def test_health(client):
+    found = client.get("/health")
+    assert found.status_code == 200 and found.json() == {"status": "ready", "tasks": 4}
+
+
+def test_health_before_the_model_runs_is_a_503(base, files):
+    app = create_app(load(base, [files["sst2"]], Settings()), Settings())
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:  # runs no start-up
+            return await client.get("/health")
+
+    found = asyncio.run(ask())
+    assert found.status_code == 503 and found.json()["status"] == "starting"
+
+
+def test_metrics_are_in_the_text_format(client):
+    client.post("/predict", json=query("sst2"))
+    client.get("/nosuch/path")
+    found = client.get("/metrics")
+    assert found.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8" and found.text.endswith("\n")
+    for line in found.text.splitlines():
+        assert re.fullmatch(r'# (HELP|TYPE) prequant_\w+ .+|prequant_\w+(\{\w+="[^"]*"(,\w+="[^"]*")*\})? [0-9.e+-]+', line), line
+    samples = counts(client)
+    for name in ("prequant_batch_rows", "prequant_batch_tasks", "prequant_predict_seconds"):
+        buckets = [value for key, value in samples.items() if key.startswith(f"{name}_bucket")]
+        assert buckets == sorted(buckets) and buckets[-1] == samples[f"{name}_count"] >= 1 and samples[f"{name}_sum"] > 0
+    assert samples["prequant_tasks"] == 4 and samples["prequant_queue_rows"] == 0
+    assert samples['prequant_requests_total{method="POST",path="/predict",status="200"}'] == samples["prequant_predict_seconds_count"] - sum(
+        value for key, value in samples.items() if 'path="/predict"' in key and 'status="200"' not in key
+    )
+    assert samples['prequant_requests_total{method="GET",path="other",status="404"}'] == 1
+
+
+def test_the_page_loads_nothing_from_elsewhere(client):
+    found = client.get("/")
+    assert found.headers["content-type"].startswith("text/html") and "default-src 'none'" in found.headers["content-security-policy"]
+    assert not re.search(r"https?://|//[a-z]+\.|@import|url\(|innerHTML", found.text)
+    assert client.get("/docs").status_code == 404
+
+
+# ---- what a server starts with ---------------------------------------------------------------------------------------------
+
+
+def test_a_finished_classifier_serves_tasks_of_more_labels(base, files, folder):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, dtype=torch.float32)
+    model.save_pretrained(folder / "classifier")
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder / "classifier")
+    found = load(str(folder / "classifier"), [files["mnli"]], Settings())
+    answer = found.answer([Query(**query("mnli"))])[0]
+    torch.testing.assert_close(values_of(answer), expected(base, files["mnli"], "mnli"), atol=2e-4, rtol=1e-4)
+
+
+def test_the_head_has_room_for_the_widest_task(base, files, spare):
+    found = load(base, [spare["wide"], files["sst2"]], Settings(max_length=16))
+    answers = found.answer([Query("wide", TEXT), Query("sst2", TEXT)])
+    torch.testing.assert_close(values_of(answers[0]), direct_logits(base, spare["wide"], 5, TEXT).softmax(0), atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(values_of(answers[1]), expected(base, files["sst2"], "sst2"), atol=2e-4, rtol=1e-4)
+    assert {task.max_length for task in found.tasks.values()} == {16}
+
+
+def test_padding_changes_no_stored_value(base, files):
+    """The zeros stay in the server: a head's tensors are those of the file, row by row."""
+    _, tensors = load(base, [files["sst2"]], Settings()).read(files["sst2"])
+    stored = load_file(files["sst2"])
+    assert tensors["classifier.weight"].shape == (3, 32) and torch.equal(tensors["classifier.weight"][:2], stored["classifier.weight"])
+    assert not tensors["classifier.weight"][2].any() and not tensors["classifier.bias"][2].any()
+    assert all(torch.equal(tensors[key], stored[key]) for key in stored if not key.startswith("classifier."))
+
+
+def command(*arguments):
+    return CliRunner().invoke(cli.app, ["serve", *map(str, arguments)], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{base}",), "tasks must name at least one task file, got none"),
+        (("{base}", "--tasks", "{damaged}"), "damaged.task is damaged or no task file"),
+        (("{base}", "--tasks", "{sst2}", "{wrong base}"), "foreign.task was trained on the base"),
+        (("{base}", "{sst2}", "{second}"), "both hold the task 'sst2'"),
+        (("{base}", "--tasks", "nosuch.task"), "no task file at nosuch.task"),
+        (("nosuch", "--tasks", "{sst2}"), "no model at nosuch"),
+        (("{float}", "--tasks", "{sst2}"), "model must be quantized"),
+        (("{base}", "{sst2}", "--max-length", "65"), "max_length must be at most 64"),
+        (("{base}", "{sst2}", "--max-batch", "0"), "max_batch must be at least 1, got 0"),
+        (("{base}", "{sst2}", "--task-dir", "{sst2}"), "task_dir must be a folder"),
+        (("{base}", "{nameless}"), "its metadata must have a number num_labels"),
+        (("{scales}", "{scaled}"), "task_names needs tasks of outlier weights"),
+        (("{mute}", "{sst2}"), "has no tokenizer, which a server needs"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_cannot_be_served_is_refused_at_the_start(arguments, message, base, files, spare, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "serve", lambda *_: pytest.fail("it is served"))
+    names = {key: path for key, path in (files | spare).items()} | {"base": base, "float": folder / "float"}
+    if "{nameless}" in arguments:
+        metadata, tensors = read_task(files["sst2"])
+        names["nameless"] = tmp_path / "nameless.task"
+        write_task(names["nameless"], "nameless", tensors, metadata["base_fingerprint"])
+    if "{scales}" in arguments:
+        names["scales"] = save_base(tmp_path, r=0, train_scales=True)
+        names["scaled"] = save_random_task(names["scales"], tmp_path / "s.task", "s", 2, 0)
+    if "{mute}" in arguments:
+        names["mute"] = tmp_path / "mute"
+        names["mute"].mkdir()
+        for name in ("config.json", "model.safetensors"):
+            os.link(f"{base}/{name}", names["mute"] / name)
+    result = command(*(argument.format(**names) for argument in arguments))
+    assert result.exit_code == 2 and message in result.stderr and not result.stdout
+
+
+def test_a_taken_port_is_a_failure_that_says_so(client, base, files):
+    result = command(base, "--tasks", files["sst2"], "--port", client.base_url.port)
+    assert result.exit_code == 1 and f"cannot listen on port {client.base_url.port} of 127.0.0.1" in result.stderr
+
+
+@pytest.mark.parametrize("missing", ["fastapi", "uvicorn"])
+def test_a_missing_library_names_the_extra(missing, base, files, monkeypatch):
+    for name in ("server", "app"):
+        monkeypatch.delitem(sys.modules, f"prequant_ext.serve.{name}")
+        monkeypatch.delattr(f"prequant_ext.serve.{name}")
+    monkeypatch.setitem(sys.modules, missing, None)
+    result = command(base, "--tasks", files["sst2"])
+    assert result.exit_code == 2 and f"prequant serve needs {missing}, which is not installed: pip install 'prequant_ext[serve]'" in result.stderr
+
+
+def test_help_has_an_example():
+    assert "Example: prequant serve base --tasks " in " ".join(command("--help").stdout.split())
+
+
+# ---- under load ------------------------------------------------------------------------------------------------------------
+
+REQUESTS, CLIENTS = 300, 16
+
+
+async def load_with_changes(url, files, spare, changes):
+    """(status, seconds, query, answer) of REQUESTS requests by CLIENTS clients, while tasks are replaced and removed all the time.
+
+    changes  is filled with the version of each loaded "swap": its file
+    """
+    results, left = [], iter(range(REQUESTS))
+    async with httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+
+        async def ask(number):
+            for turn in left:
+                body = [query("stsb"), query("topics"), {"task": "swap", "text": TEXT}, {"task": "gone", "text": TEXT}][turn % 4]
+                begin = time.monotonic()
+                response = await client.post("/predict", json=body)
+                results.append((response.status_code, time.monotonic() - begin, body, response.json()))
+
+        async def change():
+            for turn in range(10_000):
+                path = (files["sst2"], spare["second"])[turn % 2]
+                found = await client.put("/tasks/swap", json={"file": path.name})
+                changes[found.json()["version"]] = path
+                assert found.status_code == 200
+                if turn % 2:
+                    assert (await client.delete("/tasks/gone")).status_code == 204
+                else:
+                    content = {"content": files["topics"].read_bytes(), "headers": {"content-type": "application/octet-stream"}}
+                    assert (await client.put("/tasks/gone", **content)).status_code in (200, 201)
+                if len(results) == REQUESTS and turn % 2 == 0:
+                    return
+                await asyncio.sleep(0.01)
+
+        await asyncio.gather(change(), *map(ask, range(CLIENTS)))
+    return results
+
+
+async def several(url, bodies):
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        return await asyncio.gather(*(client.post("/predict", json=body) for body in bodies))
+
+
+@pytest.mark.slow
+def test_no_request_is_lost_while_tasks_change_and_the_server_stops(base, files, spare, folder):
+    start = {"swap": "sst2", "gone": "topics"}
+    for name, source in start.items():
+        save_random_task(base, folder / f"{name}.task", name, TASKS[source], list(TASKS).index(source))
+    wanted = {name: expected(base, files[name], name) for name in ("stsb", "topics", "sst2")}
+    versions = {files["sst2"]: wanted["sst2"], spare["second"]: expected(base, spare["second"], "sst2")}
+    assert not torch.allclose(*versions.values(), atol=1e-2)
+    tasks = [files["stsb"], files["topics"], folder / "swap.task", folder / "gone.task"]
+    # A wait that no request could sit out unnoticed: batches go when they are full, or when a change comes after them.
+    limits = ("--max-batch", CLIENTS, "--max-wait", 20_000, "--task-dir", folder / "tasks")
+    with subprocess_server(base, "--tasks", *tasks, *limits) as (process, url):
+        changes = {3: files["sst2"]}  # the third file that the server started with has the values of sst2
+        results = asyncio.run(load_with_changes(url, files, spare, changes))
+        assert len(results) == REQUESTS and len(changes) > 4
+        for status, _, body, answer in results:
+            task = body["task"]
+            if task == "gone" and status == 404:
+                assert "no task 'gone'" in answer["detail"]
+                continue
+            assert status == 200, answer
+            right = versions[changes[answer["version"]]] if task == "swap" else wanted["topics" if task == "gone" else task]
+            torch.testing.assert_close(values_of(answer), right, atol=2e-4, rtol=1e-4)
+        seconds = sorted(result[1] for result in results)
+        print(f"{REQUESTS} requests, {CLIENTS} clients, {len(changes)} swaps: p50 {1e3 * statistics.median(seconds):.0f} ms, p99 {1e3 * seconds[-4]:.0f} ms")
+        with httpx.Client(base_url=url, timeout=60) as client:
+            found = counts(client)
+            assert found["prequant_batch_tasks_sum"] > 1.5 * found["prequant_batch_tasks_count"]  # mixed, and
+            assert found["prequant_batch_rows_sum"] > 2 * found["prequant_batch_rows_count"]  # shared
+
+            answers = []
+            waiting = threading.Thread(target=lambda: answers.extend(asyncio.run(several(url, [query("stsb")] * 10))))
+            waiting.start()
+            until(lambda: counts(client)["prequant_queue_rows"] == 10)
+        process.send_signal(signal.SIGTERM)
+        waiting.join()
+        assert [answer.status_code for answer in answers] == [200] * 10
+        error = process.communicate(timeout=60)[1]
+        assert (process.returncode, error) == (0, "")
