@@ -29,6 +29,7 @@ class Metrics:
         self.counts: dict[str, dict[str, int]] = {name: {} for name in COUNTERS}
         self.buckets = {name: [0] * (len(bounds) + 1) for name, (_, bounds) in HISTOGRAMS.items()}
         self.sums = dict.fromkeys(HISTOGRAMS, 0.0)
+        self.count("prequant_failed_rows_total", 0)  # has no labels: its first failure must be a step, not a beginning
 
     def count(self, name: str, amount: int = 1, **labels: str) -> None:
         key = ",".join(f'{label}="{_escaped(value)}"' for label, value in labels.items())
