@@ -46,7 +46,10 @@ def test_the_demo_runs_from_the_float_model_to_the_reloaded_score(tmp_path, data
     assert done.returncode == 0, done.stderr
     assert "PreQuant" in done.stdout and "full fine-tuning" in done.stdout and "64 training rows" in done.stdout
     assert "score the same, to the last digit" in done.stderr
-    assert sorted(os.listdir(tmp_path / "out")) == ["base", "full", "tasks"]
+    assert "has no MRPC: GENERATED rows for the second task" in done.stderr
+    assert "8 rows of 2 tasks in 1 batch" in done.stdout
+    assert sorted(os.listdir(tmp_path / "out")) == ["base", "full", "mixed.jsonl", "tasks"]
+    assert sorted(path.name for path in (tmp_path / "out" / "tasks").glob("*.task")) == ["mrpc.task", "sst2.task"]
 
 
 RUN = {"task": "sst2", "data": "glue", "score": 0.75, "scores": {"accuracy": 0.75}, "seconds": 1.0, "peak_memory_mb": 1.0, "model_bytes": 1, "task_bytes": 1}

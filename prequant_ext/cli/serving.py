@@ -1,13 +1,16 @@
-"""serve: a base and its tasks over HTTP."""
+"""serve, predict: a base and its tasks, over HTTP or on the rows of a file."""
 
+import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from prequant_ext.cli.app import app
 from prequant_ext.cli.options import AsJson
-from prequant_ext.console import FAILED, exit_codes, quiet_libraries, say, show_json
+from prequant_ext.console import FAILED, exit_codes, quiet_libraries, say, show, show_json
 
 EXTRA = ("fastapi", "starlette", "pydantic", "uvicorn")
 
@@ -59,3 +62,57 @@ def serve(
         if not server.serve(create_app(backbone, settings), bound, announce):
             say("stopped before everything was answered")
             raise typer.Exit(FAILED)
+
+
+@app.command(epilog="""Example: echo '{"task": "sst2", "text": "a fine film"}' | prequant predict base tasks/sst2.task tasks/mrpc.task""")
+def predict(
+    model: Annotated[str, typer.Argument(help="a directory of prequant quantize", metavar="DIR")],
+    tasks: Annotated[list[Path], typer.Argument(help="task files of prequant finetune", metavar="FILES...")],
+    rows: Annotated[str, typer.Option(help='a file of JSON lines {"task", "text", "text_pair"}, of any mix of tasks; - is standard input')] = "-",
+    max_batch: Annotated[int, typer.Option(help="rows of one forward")] = 32,
+    max_length: Annotated[int | None, typer.Option(help="tokens of a row (default: that of the task's training)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a row on standard output")] = False,
+) -> None:
+    """Answer rows, each by its own task: all tasks in one model, and in the same batches."""
+    with exit_codes():
+        quiet_libraries()
+        from prequant_ext.serve.backbone import Query, load
+        from prequant_ext.serve.settings import Settings
+
+        queries = [Query(**row) for row in _rows(rows)]
+        backbone = load(model, tasks, Settings(max_batch, max_length=max_length))
+        missing = next((query.task for query in queries if query.task not in backbone.tasks), None)
+        if missing is not None:
+            raise backbone.unknown(missing)
+        answers: list[Any] = []
+        for begin in range(0, len(queries), max_batch):
+            answers += backbone.answer(queries[begin : begin + max_batch])
+        if as_json:
+            for answer in answers:
+                show_json(answer)
+            return
+        cells = [(query.task, *_result(answer), query.text[:60]) for query, answer in zip(queries, answers, strict=True)]
+        batches = -(-len(queries) // max_batch)
+        show(
+            ("task", "answer", "", "text"),
+            cells,
+            f"{len(queries)} rows of {len({query.task for query in queries})} tasks in {batches} batch{'es' if batches > 1 else ''}",
+        )
+
+
+def _rows(source: str) -> Iterator[dict[str, str]]:
+    """Raises ValueError naming the line of one that is no row."""
+    text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"rows, line {number}: not a JSON object: {error}") from error
+        is_row = isinstance(row, dict) and {"task", "text"} <= row.keys() <= {"task", "text", "text_pair"}
+        if not is_row or not all(isinstance(value, str) and value for value in row.values()):
+            raise ValueError(f'rows, line {number}: must have a "task", a "text" and perhaps a "text_pair", all of them text, got {line}')
+        yield row
+
+
+def _result(answer: dict[str, Any]) -> tuple[str, str]:
+    return (answer["label"], f"{100 * answer['probabilities'][answer['label']]:.1f} %") if "label" in answer else (f"{answer['score']:.3f}", "")

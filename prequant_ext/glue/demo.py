@@ -1,7 +1,8 @@
 """The whole path on one real model and task:    python -m prequant_ext.glue.demo [--data-dir DIR]
 
 Quantize, inspect, fine-tune SST-2 through the outlier dimensions and, for comparison, fully; compare cost and score; reload both from disk and check that
-the scores are the same to the last digit. Every step is the command that a user would type, in a process of its own, since peak memory is per process.
+the scores are the same to the last digit; fine-tune a second task on the same base, and answer a batch whose rows belong to both. Every step is the command
+that a user would type, in a process of its own, since peak memory is per process.
 """
 
 import json
@@ -16,7 +17,8 @@ import typer
 from prequant_ext.console import FAILED, REFUSED, exit_codes, quiet_libraries, say, show
 from prequant_ext.glue.tasks import DATA_DIR_VARIABLE, get_task, has_files, load_rows, resolve_data_dir
 
-TASK = "sst2"
+TASK, SECOND = "sst2", "mrpc"
+SECOND_ROWS = 1000  # to train on: enough to show, few enough to wait for
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -58,7 +60,7 @@ def demo(
     max_train: Annotated[int, typer.Option(help="training rows")] = 4000,
     epochs: Annotated[int, typer.Option(help="of both methods")] = 2,
 ) -> None:
-    """Quantize, inspect, fine-tune both ways, compare, reload."""
+    """Quantize, inspect, fine-tune both ways, compare, reload; then two tasks in one batch."""
     begin = time.perf_counter()
     with exit_codes():
         data = choose_data(data_dir)
@@ -85,6 +87,36 @@ def demo(
     if different:
         raise typer.Exit(FAILED)
     say("Both models score the same, to the last digit, after reloading from disk.")
+    answer_two_tasks(base, out, data, min(max_train, SECOND_ROWS), epochs)
+
+
+def answer_two_tasks(base: str, out: Path, data: list[str], max_train: int, epochs: int) -> None:
+    """Fine-tune a second task on the base, then one batch of rows of both."""
+    folder, second = as_arguments(data).get("data_dir"), data
+    if folder is not None and not has_files(get_task(SECOND), folder):
+        say(f"\ndata: {folder} has no {SECOND.upper()}: GENERATED rows for the second task")
+        second = ["--data", "synthetic"]
+    tasks = str(out / "tasks")
+    common = ["--max-train", str(max_train), "--max-length", "64", "--epochs", str(epochs), "--overwrite"]
+    prequant("finetune", base, "--task", SECOND, *second, "-o", tasks, *common)
+    rows = [row for task, source in ((TASK, data), (SECOND, second)) for row in example_rows(task, source)]
+    mixed = out / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in rows[::2] + rows[1::2]), encoding="utf-8")
+    prequant("predict", base, f"{tasks}/{TASK}.task", f"{tasks}/{SECOND}.task", "--rows", str(mixed), as_json=False)
+
+
+def as_arguments(data: list[str]) -> dict[str, Any]:
+    """The options that name rows, as load_rows takes them."""
+    names = {"--data-dir": "data_dir", "--data": "source"}
+    return {names[option]: value for option, value in zip(data[::2], data[1::2], strict=True)}
+
+
+def example_rows(name: str, data: list[str], count: int = 4) -> list[dict[str, str]]:
+    """The first validation rows of a task, as prequant predict reads them."""
+    task = get_task(name)
+    rows = load_rows(task, "validation", **as_arguments(data))
+    texts = ("text", "text_pair")[: len(task.fields)]
+    return [{"task": name} | {key: row[field] for key, field in zip(texts, task.fields, strict=True)} for row in rows[:count]]
 
 
 def _row(name: str, run: dict[str, Any], reloaded: dict[str, Any]) -> tuple[str, ...]:
