@@ -5,6 +5,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,15 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantizedModule]]
             yield name, module
 
 
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the float part: ``model.dtype`` is that of the first parameter, which may be a float32 scale."""
+    own = {id(parameter) for _, module in quantized_modules(model) for parameter in module.parameters(recurse=False)}
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and id(parameter) not in own:
+            return parameter.dtype
+    return next((module.compute_dtype for _, module in quantized_modules(model)), torch.get_default_dtype())
+
+
 def check_quantized_headers(model: nn.Module, headers: Mapping[str, Header]) -> None:
     """The file has, for every quantized module of ``model``, every tensor in its dtype and shape, and packed weights for no other module.
 
@@ -126,13 +136,31 @@ def check_float_headers(model: nn.Module, headers: Mapping[str, Header]) -> None
             raise ValueError(f"{header.key} of the checkpoint must be float {shape} to be quantized, got {header}")
 
 
-def check_values(model: nn.Module) -> None:
-    """Every quantized module's tensors hold what the kernels rely on.
+def refuse_disk(modules: Iterable[str]) -> None:
+    """No module of a float checkpoint that is being quantized may go to disk: the loader would leave its weight where it is, and take that for the codes.
+
+    Raises ValueError naming the first of ``modules``, those that would.
+    """
+    name = next(iter(modules), None)
+    if name is not None:
+        raise ValueError(
+            f"device_map puts {name} on disk while the float checkpoint is being quantized: quantize and save it first (save_pretrained), then load that with "
+            "this device_map"
+        )
+
+
+def is_loaded(parameter: Tensor) -> bool:
+    """Whether transformers' loader has filled ``parameter``, or left it on disk: on the meta device then, its header checked, to be read at each use."""
+    return parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
+
+
+def check_values(name: str, module: QuantizedModule) -> None:
+    """The tensors of a quantized module hold what the kernels rely on; those that device_map left on disk are read for the moment.
 
     Raises ValueError naming the tensor if its dtype is wrong, a scale is not positive and finite, a zero point lies outside the code range, or
     outlier_dims are not ascending, distinct and inside their axis.
     """
-    for name, module in quantized_modules(model):
+    with _in_memory(module):
         for parameter_name, dtype in (("weight_packed", torch.uint8), ("weight_scale", torch.float32), ("weight_zero_point", torch.uint8)):
             _require_dtype(f"{name}.{parameter_name}", getattr(module, parameter_name), dtype)
         scale = module.weight_scale.detach()
@@ -141,6 +169,14 @@ def check_values(model: nn.Module) -> None:
             raise ValueError(f"{name}.weight_scale must be {'finite' if is_trained else 'positive and finite'}, got {_range(scale)}")
         if isinstance(module, PreQuantLinear):
             _check_linear(name, module)
+
+
+def _in_memory(module: QuantizedModule) -> AbstractContextManager:
+    if not module.weight_packed.is_meta:
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
 
 
 def _check_linear(name: str, module: PreQuantLinear) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter, WeightRenaming, build_glob_alternation, rename_source_key
+from transformers.integrations.accelerate import get_device
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
@@ -35,7 +36,7 @@ from prequant_ext.strictness import warn
 METHOD = PreQuantConfig.quant_method
 TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "outlier_dims", "outlier_weight")  # a table has the first three
 
-__all__ = ["METHOD", "PreQuantHfConfig", "PreQuantHfQuantizer", "attach", "compute_dtype", "detach", "save_model_dir"]
+__all__ = ["METHOD", "PreQuantHfConfig", "PreQuantHfQuantizer", "attach", "detach", "save_model_dir"]
 
 
 class PreQuantHfConfig(QuantizationConfigMixin):
@@ -175,12 +176,14 @@ class PreQuantHfQuantizer(HfQuantizer):
         self.dtype = dtype
         return dtype
 
-    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **_: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, device_map: Any = None, **_: Any) -> None:
         stored = self.quantization_config
         if stored.family is not None:
             model._prequant_family = stored.family
         sites = find_sites(model, stored.config, stored.family, allow_unmatched=self.pre_quantized)
         self.sites = {site.name: site for site in sites if _without_prefix(model, site.name) not in stored.float_modules}
+        if not self.pre_quantized and isinstance(device_map, Mapping):  # "auto" is settled only once the modules are in place
+            checkpoint.refuse_disk(name for name in self.sites if get_device(device_map, f"{name}.weight_packed") == "disk")
         for site in self.sites.values():
             model.set_submodule(site.name, self._empty_module(model, site))  # on the meta device: nothing is allocated
         if checkpoint_files is None:  # a state_dict was given: its tensors are checked once they are loaded
@@ -235,10 +238,9 @@ class PreQuantHfQuantizer(HfQuantizer):
     # ---- after
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        offloaded = [name for name, module in checkpoint.quantized_modules(model) if module.weight_packed.is_meta]
-        if offloaded:
-            raise ValueError(f"quantized weights cannot be offloaded to disk, but device_map puts {offloaded[0]} there")
-        absent = [name for name in self.sites if not _is_loaded(model.get_submodule(name).weight_packed)]
+        if not self.pre_quantized:
+            checkpoint.refuse_disk(name for name in self.sites if model.get_submodule(name).weight_packed.is_meta)
+        absent = [name for name in self.sites if not checkpoint.is_loaded(model.get_submodule(name).weight_packed)]
         if absent and self.pre_quantized:
             raise ValueError(f"the quantized checkpoint has no {absent[0]}.weight, which {type(model).__name__} needs ({len(absent)} absent in all)")
         if absent and not any(site.kind == "linear" for name, site in self.sites.items() if name not in absent):
@@ -254,12 +256,12 @@ class PreQuantHfQuantizer(HfQuantizer):
             warn(f"absent from the checkpoint, now freshly initialised float layers: {checkpoint.some(absent)}")
         for name in self.sites.keys() - set(absent):
             bias = getattr(model.get_submodule(name), "bias", None)
-            if bias is not None and not _is_loaded(bias):
+            if bias is not None and not checkpoint.is_loaded(bias):
                 if self.pre_quantized:
                     raise ValueError(f"the quantized checkpoint has no {name}.bias, which {type(model).__name__} needs")
                 nn.init.zeros_(bias)  # what transformers' own initialisation would do; it passes over our class
-        checkpoint.check_values(model)
-        for module in model.modules():
+        for name, module in checkpoint.quantized_modules(model):
+            checkpoint.check_values(name, module)
             if isinstance(module, PreQuantLinear):
                 module.prepack_()
         freeze_base(model)  # the loader has turned on requires_grad of every float tensor
@@ -275,7 +277,7 @@ class PreQuantHfQuantizer(HfQuantizer):
             layer = Conv1D(N, K) if site.is_transposed else nn.Linear(K, N, bias=empty.bias is not None)
         layer = layer.to(dtype=empty.compute_dtype, device=empty.weight_packed.device)
         bias = getattr(empty, "bias", None)
-        if bias is not None and _is_loaded(bias):
+        if bias is not None and checkpoint.is_loaded(bias):
             layer.bias = bias
         model.set_submodule(name, layer)
         model._init_weights(model.get_submodule(name.rpartition(".")[0]))  # T5 initialises its layers from their parent; what is loaded is flagged and stays
@@ -291,7 +293,7 @@ class PreQuantHfQuantizer(HfQuantizer):
                 "every matrix is stored in 8 bits a weight, which is the shape of the float one: a program that opens this checkpoint without "
                 "`import prequant_ext` takes the codes for weights and only logs it; with fewer bits in one matrix it would stop"
             )
-        model.config.quantization_config.dtype = str(compute_dtype(model)).removeprefix("torch.")
+        model.config.quantization_config.dtype = str(checkpoint.compute_dtype(model)).removeprefix("torch.")
         return None, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -320,7 +322,7 @@ def attach(model: PreTrainedModel, config: PreQuantConfig, family: Family | None
     ``family`` is stored with the model where it is not its row of the table; by default the one that quantize_model was given.
     """
     quantizer = PreQuantHfQuantizer(PreQuantHfConfig(config, family=family or getattr(model, "_prequant_family", None)))
-    quantizer.dtype = compute_dtype(model)
+    quantizer.dtype = checkpoint.compute_dtype(model)
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:  # made from a config: what save_pretrained would assume
         conversions = [entry for entry in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(entry, PrefixChange)]
@@ -341,19 +343,6 @@ def detach(model: PreTrainedModel) -> None:
             owner.__dict__.pop(attribute, None)
     conversions = getattr(model, "_weight_conversions", None) or []
     model._weight_conversions = [entry for entry in conversions if not isinstance(entry, PackedRenaming)]
-
-
-def compute_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of the float part: ``model.dtype`` is that of the first parameter, which may be a float32 scale."""
-    own = {id(parameter) for _, module in checkpoint.quantized_modules(model) for parameter in module.parameters(recurse=False)}
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and id(parameter) not in own:
-            return parameter.dtype
-    return next((module.compute_dtype for _, module in checkpoint.quantized_modules(model)), torch.get_default_dtype())
-
-
-def _is_loaded(parameter: Tensor) -> bool:
-    return getattr(parameter, "_is_hf_initialized", False)
 
 
 def _without_prefix(model: PreTrainedModel, name: str) -> str:

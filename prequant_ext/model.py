@@ -31,6 +31,7 @@ __all__ = [
     "merge",
     "plan",
     "quantize_model",
+    "require_in_memory",
     "trainable_parameters",
 ]
 
@@ -250,15 +251,23 @@ def _require_quantized(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} is not quantized: call quantize_model first")
 
 
+def require_in_memory(model: nn.Module) -> None:
+    """Raises ValueError naming a quantized layer without data: device_map has put it on disk, or on the CPU beside a GPU, and it is read at each use."""
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenWeight) and module.weight_scale.is_meta:
+            raise ValueError(f"{name} is offloaded, which serves inference alone: load the model without offloading (device_map=None)")
+
+
 # ---- back to float --------------------------------------------------------------------------------------------------
 
 
 def merge(model: nn.Module) -> nn.Module:
     """Float layers again, in place: ``nn.Linear`` (Conv1D where it was one) and ``nn.Embedding``, holding ``dequantize()``. Returns ``model``.
 
-    Every parameter trains again, as in a freshly made model. Raises ValueError if the model is not quantized.
+    Every parameter trains again, as in a freshly made model. Raises ValueError if the model is not quantized, or offloaded.
     """
     _require_quantized(model)
+    require_in_memory(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, FrozenWeight):
             layer = module.to_embedding() if isinstance(module, PreQuantEmbedding) else module.to_linear()  # type: ignore[operator]

@@ -296,11 +296,6 @@ def test_a_float_checkpoint_saved_by_torch_is_quantized_alike(float_dir, tmp_pat
     )
 
 
-def test_offloading_quantized_weights_to_disk_is_refused(quantized_dir, tmp_path):
-    with pytest.raises(ValueError, match="cannot be offloaded to disk"):
-        BertForSequenceClassification.from_pretrained(quantized_dir, device_map={"bert": "disk", "classifier": "cpu"}, offload_folder=tmp_path / "offload")
-
-
 # ---- memory ----------------------------------------------------------------------------------------------------------------
 
 
