@@ -8,6 +8,7 @@ they are X.weight_packed (see frozen.py).
 import copy
 import dataclasses
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -285,8 +286,9 @@ class PreQuantHfQuantizer(HfQuantizer):
 
     # ---- saving and training
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Called before the config is written: the moment to note the model's dtype."""
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """Called before the config is written: the moment to note the model's dtype. save_pretrained takes the state_dict returned in place of the one it was
+        given (gathered from FSDP2's ranks, averaged), so it gets that back."""
         linears = [module for _, module in checkpoint.quantized_modules(model) if isinstance(module, PreQuantLinear)]
         if all(container_bits(module.bits) == 8 for module in linears):
             warn(
@@ -294,7 +296,7 @@ class PreQuantHfQuantizer(HfQuantizer):
                 "`import prequant_ext` takes the codes for weights and only logs it; with fewer bits in one matrix it would stop"
             )
         model.config.quantization_config.dtype = str(checkpoint.compute_dtype(model)).removeprefix("torch.")
-        return None, {}
+        return sys._getframe(1).f_locals.get("state_dict"), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         return merge(model)

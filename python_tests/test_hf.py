@@ -117,6 +117,17 @@ def test_trained_values_survive_the_round_trip(float_dir, tmp_path):
     assert_same(model, BertForSequenceClassification.from_pretrained(tmp_path / "trained"))
 
 
+def test_a_state_dict_given_to_save_pretrained_is_what_is_saved(quantized_dir, tmp_path):
+    """transformers drops it for quantized models: a gathered or averaged state would not be written, and nobody told."""
+    model = BertForSequenceClassification.from_pretrained(quantized_dir)
+    name = "bert.encoder.layer.0.output.dense.outlier_weight"
+    state = {key: tensor + 1 if key == name else tensor for key, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "given", state_dict=state)
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "given").state_dict()
+    assert torch.equal(loaded[name], model.state_dict()[name] + 1)
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.items() if key != name)
+
+
 def test_the_disk_holds_the_names_dtypes_and_shapes_of_the_format(quantized_dir):
     with safe_open(quantized_dir / "model.safetensors", "pt") as file:
         parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
