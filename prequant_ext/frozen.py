@@ -11,6 +11,26 @@ def empty_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=requires_grad)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a DTensor, a rank's share of a parameter under FSDP2. Told by its attribute: torch may be built without distributed."""
+    return hasattr(tensor, "device_mesh")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """``tensor``, gathered from every rank where it is sharded; then all ranks must call this together."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def on_whole(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """``function`` of the whole tensor, then sharded as ``tensor`` is: a layout of packed codes does not cut where rows do."""
+    if not is_sharded(tensor):
+        return function(tensor)
+    from torch.distributed.tensor import distribute_tensor
+
+    result = function(whole(tensor))
+    return distribute_tensor(result, tensor.device_mesh, tensor.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
 class FrozenWeight(nn.Module):
     """A module whose packed weight, scales and indices are frozen Parameters.
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from prequant_ext import ops, quantize
 from prequant_ext.config import PreQuantConfig
-from prequant_ext.frozen import FrozenWeight, empty_parameter
+from prequant_ext.frozen import FrozenWeight, empty_parameter, is_sharded, on_whole
 from prequant_ext.outliers import AXES
 
 
@@ -32,6 +32,7 @@ class PreQuantLinear(FrozenWeight):
     """
 
     row_weights: Callable[[], Tensor | None] | None = None  # in a model with tasks: outlier weights for each row of a mixed batch, (B, N, r) or (B, r, K)
+    stays_canonical = False  # for FSDP2 (prepare_model); the kernels then convert weight_packed in every call
 
     def __init__(
         self,
@@ -135,7 +136,9 @@ class PreQuantLinear(FrozenWeight):
     def canonical_packed(self) -> Tensor:
         """weight_packed as canonical rows (N, B), whatever layout the layer holds."""
         packed = self.weight_packed.detach()
-        return ops.unprepack(packed, self.out_features, self.in_features, self.bits) if self.is_prepacked else packed
+        if not self.is_prepacked:
+            return packed
+        return on_whole(lambda codes: ops.unprepack(codes, self.out_features, self.in_features, self.bits), packed)
 
     def stored_bytes(self) -> int:
         row_bytes = (self.in_features * ops.container_bits(self.bits) + 7) // 8
@@ -143,15 +146,18 @@ class PreQuantLinear(FrozenWeight):
 
     @torch.no_grad()
     def prepack_(self) -> "PreQuantLinear":
-        """Put weight_packed into the layout that the kernels of its device read, if they read one of their own. Lossless; done once, not per call."""
-        if not self.is_prepacked and ops.reads_prepacked(self.weight_packed):
+        """Put weight_packed into the layout that the kernels of its device read, if they read one of their own. Lossless; done once, not per call.
+
+        A layer that is or will be sharded stays as it is: FSDP2 holds on to its tensors, and fills them from canonical files.
+        """
+        if not (self.is_prepacked or self.stays_canonical or is_sharded(self.weight_packed)) and ops.reads_prepacked(self.weight_packed):
             self.weight_packed.data = ops.prepack(self.weight_packed.detach(), self.in_features, self.bits)
         return self
 
     @torch.no_grad()
     def unprepack_(self) -> "PreQuantLinear":
         """The inverse of :meth:`prepack_`."""
-        if self.is_prepacked:
+        if self.is_prepacked and not is_sharded(self.weight_packed):
             self.weight_packed.data = self.canonical_packed()
         return self
 

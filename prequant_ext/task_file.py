@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prequant_ext.checkpoint import default_mode
 from prequant_ext.config import FORMAT_VERSION
 from prequant_ext.embedding import PreQuantEmbedding
+from prequant_ext.frozen import whole
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import head_parameter_names
 
@@ -59,7 +60,7 @@ def fingerprint(model: nn.Module) -> str:
         if not getattr(module, "train_scales", False):
             tensors["weight_scale"] = module.weight_scale
         for key in sorted(tensors):
-            tensor = tensors[key].detach().cpu().contiguous()
+            tensor = whole(tensors[key].detach()).cpu().contiguous()
             digest.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())
             digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
@@ -117,7 +118,7 @@ def write_task(
         raise ValueError(f"dtype must be a floating type, got {dtype}")
     header = {key: str(value) for key, value in extra.items()}
     header |= {"format_version": str(FORMAT_VERSION), "base_fingerprint": base_fingerprint, "name": check_task_name(name)}
-    stored = {key: tensor.detach().cpu().to(dtype if tensor.dtype == torch.float32 else tensor.dtype).contiguous() for key, tensor in tensors.items()}
+    stored = {key: whole(tensor.detach()).cpu().to(dtype if tensor.dtype == torch.float32 else tensor.dtype).contiguous() for key, tensor in tensors.items()}
     write_atomically(path, save(stored, header))
 
 
