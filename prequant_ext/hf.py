@@ -30,6 +30,7 @@ from prequant_ext.embedding import PreQuantEmbedding
 from prequant_ext.families import Family
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import empty_layer, freeze_base, merge
+from prequant_ext.prepare import check_strategy
 from prequant_ext.reference import container_bits
 from prequant_ext.sites import Site, find_sites
 from prequant_ext.strictness import warn
@@ -166,6 +167,9 @@ class PreQuantHfQuantizer(HfQuantizer):
         self.dtype = torch.get_default_dtype()
 
     # ---- before
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        check_strategy()
 
     def update_attn_implementation(self, config: Any) -> Any:
         """The one place that sees the model's config before ``dtype="auto"`` is settled: it must find the model's dtype, not the first scale's."""
@@ -306,6 +310,8 @@ class PreQuantHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
+        """Read by Trainer's constructor once its Accelerator is there: the first moment at which the strategy is known."""
+        check_strategy()
         return True
 
     @property
