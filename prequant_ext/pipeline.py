@@ -15,7 +15,7 @@ from prequant_ext.console import say
 from prequant_ext.glue import train
 from prequant_ext.glue.error_map import error_map, write_error_map
 from prequant_ext.glue.experiments import EXPERIMENTS
-from prequant_ext.glue.models import resolve_model
+from prequant_ext.glue.models import classifier_class, resolve_model
 from prequant_ext.glue.page import RUNS_FILE, Study, page
 from prequant_ext.glue.runner import SEARCH_TASK, Plan, describe, identity, progress, read_lines, run, scores_of
 from prequant_ext.glue.tables import markdown
@@ -28,7 +28,7 @@ from prequant_ext.task_file import read_task, write_atomically
 
 REPORT_FILE = "prequant_report.json"  # beside the weights: errors and outlier counts cannot be computed again once the float weights are gone
 CAUSAL_LM_HEADS = ("ForCausalLM", "LMHeadModel")
-KEPT_HEADS = (*CAUSAL_LM_HEADS, "ForConditionalGeneration", "ForSequenceClassification")
+KEPT_CLASSES = (*CAUSAL_LM_HEADS, "ForConditionalGeneration", "EncoderModel")  # by the end of their name
 PLAN_TITLES = ("module", "shape", "axis", "bits", "r", "trained", "kB")
 
 
@@ -59,12 +59,14 @@ def is_quantized_directory(name: str) -> bool:
 
 
 def _model_class(config: Any) -> Any:
-    """The checkpoint's own class where its head is part of what it does (a language model, a finished classifier), else the backbone.
+    """The checkpoint's own class where its head is part of what it does (a language model, a finished classifier) or it lacks a decoder, else the backbone.
 
     A masked language model's head is dropped: task models would not use it, and loading through it drops the pooler, which they do.
     """
     name = next(iter(config.architectures or ()), "")
-    return getattr(transformers, name, AutoModel) if name.endswith(KEPT_HEADS) else AutoModel
+    if name.endswith("ForSequenceClassification"):
+        return AutoModelForSequenceClassification  # which knows T5EncoderForSequenceClassification, too
+    return getattr(transformers, name, AutoModel) if name.endswith(KEPT_CLASSES) else AutoModel
 
 
 def _tokenizer(path: str) -> Any:
@@ -97,7 +99,7 @@ def plan_of(name: str, config: PreQuantConfig) -> list[PlanRow]:
     own_config = model_config(resolve_model(name))
     model_class = _model_class(own_config)
     with torch.device("meta"):
-        model = AutoModel.from_config(own_config) if model_class is AutoModel else model_class(own_config)
+        model = getattr(model_class, "from_config", model_class)(own_config)
     return plan(model, config)
 
 
@@ -128,7 +130,8 @@ def load_with_task(name: str, task_file: Path | None, num_labels: int) -> tuple[
     Raises ValueError if the base has no trained head and no file brings one, or as load_task.
     """
     model_config(name)
-    model, loading = AutoModelForSequenceClassification.from_pretrained(name, num_labels=num_labels, dtype=torch.float32, output_loading_info=True)
+    model_class = AutoModelForSequenceClassification if task_file is None else classifier_class(name)
+    model, loading = model_class.from_pretrained(name, num_labels=num_labels, dtype=torch.float32, output_loading_info=True)
     if task_file is not None:
         return model, load_task(model, task_file)
     if loading["missing_keys"]:

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from tiny_checkpoint import save_float_model
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizerFast, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
+from prequant_ext import pipeline
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.glue import train
 from prequant_ext.model import head_parameter_names, merge, plan, quantize_model, trainable_parameters
 from prequant_ext.t5_encoder import T5EncoderConfig, T5EncoderForSequenceClassification
+from prequant_ext.task import save_task
 
 SIZES = {"d_model": 32, "num_layers": 2, "d_ff": 64, "d_kv": 8, "num_heads": 4, "vocab_size": 50}
 
@@ -86,3 +88,24 @@ def test_glue_trains_the_encoder_of_a_t5(method, tmp_path):
     settings = train.Settings(str(tmp_path / "t5"), "sst2", method, "synthetic", epochs=1, max_train=64, max_length=32, lr=1e-2, quantization=quantization)
     trained, _, result = train.fine_tune(settings)
     assert type(trained) is T5EncoderForSequenceClassification and 0 <= result.score <= 1
+
+
+@pytest.mark.parametrize("saved_as", [T5ForConditionalGeneration, T5EncoderModel, T5EncoderForSequenceClassification])
+def test_the_steps_of_the_command_line_take_it_for_what_it_is(saved_as, tmp_path):
+    """Else a checkpoint of the encoder alone gets a decoder of random weights, and a task of the encoder is refused for the decoder that it does not know."""
+    torch.manual_seed(0)
+    config = T5EncoderConfig(**SIZES) if saved_as is T5EncoderForSequenceClassification else T5Config(**SIZES, decoder_start_token_id=0)
+    saved_as(config).save_pretrained(tmp_path / "float")
+    settings = PreQuantConfig(r=2)
+    report = pipeline.quantize_directory(str(tmp_path / "float"), settings, tmp_path / "base")
+    assert [row.name for row in report.rows] == [row.name for row in pipeline.plan_of(str(tmp_path / "float"), settings)]
+    assert any("decoder" in row.name for row in report.rows) == (saved_as is T5ForConditionalGeneration)
+    assert AutoConfig.from_pretrained(tmp_path / "base").architectures == [saved_as.__name__]
+
+    trained = T5EncoderForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+    save_task(trained, "two", tmp_path / "two.task")
+    again, metadata = pipeline.load_with_task(str(tmp_path / "base"), tmp_path / "two.task", 2)
+    ids = torch.randint(3, 50, (2, 5))
+    assert metadata["name"] == "two" and torch.equal(again.eval()(input_ids=ids).logits, trained(input_ids=ids).logits)
+    pipeline.merge_directory(str(tmp_path / "base"), None, tmp_path / "merged")
+    assert AutoConfig.from_pretrained(tmp_path / "merged").architectures == [saved_as.__name__]

