@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from prequant_ext import checkpoint, hf
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.console import say
+from prequant_ext.export import OnnxFile, export_onnx
 from prequant_ext.glue import train
 from prequant_ext.glue.error_map import error_map, write_error_map
 from prequant_ext.glue.experiments import EXPERIMENTS
@@ -131,7 +132,10 @@ def load_with_task(name: str, task_file: Path | None, num_labels: int) -> tuple[
     """
     model_config(name)
     model_class = AutoModelForSequenceClassification if task_file is None else classifier_class(name)
-    model, loading = model_class.from_pretrained(name, num_labels=num_labels, dtype=torch.float32, output_loading_info=True)
+    brings_head = task_file is not None  # of a shape that the directory's own need not have
+    model, loading = model_class.from_pretrained(
+        name, num_labels=num_labels, dtype=torch.float32, ignore_mismatched_sizes=brings_head, output_loading_info=True
+    )
     if task_file is not None:
         return model, load_task(model, task_file)
     if loading["missing_keys"]:
@@ -163,21 +167,35 @@ def _recorded_length(folder: Path, task_name: str) -> int | None:
     return json.loads(path.read_text()).get(task_name, {}).get("max_length") if path.is_file() else None
 
 
-def merge_directory(name: str, task_file: Path | None, out: Path) -> int:
-    """Write the float twin of a quantized directory, with a task merged in or not; returns the bytes of its parameters."""
+def _load_quantized(name: str, task_file: Path | None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A quantized directory's model, with a task or as it is; ``dtype`` None: as the files have it (a task model is float32).
+
+    Raises ValueError for a float model, or as load_task.
+    """
     own_config = model_config(name)
     if getattr(own_config, "quantization_config", None) is None:
-        raise ValueError(f"{name} is a float model: there is nothing to merge")
+        raise ValueError(f"{name} is a float model: there is nothing to merge or export")
     if task_file is None:
-        model = _model_class(own_config).from_pretrained(name)
+        model = _model_class(own_config).from_pretrained(name, dtype=dtype or "auto")
     else:
         metadata, _ = read_task(task_file)
         model, _ = load_with_task(name, task_file, int(metadata.get("num_labels", own_config.num_labels)))
     if not any(isinstance(module, PreQuantLinear) for module in model.modules()):
         raise ValueError(f"{name} holds no PreQuant layers")
+    return model
+
+
+def merge_directory(name: str, task_file: Path | None, out: Path) -> int:
+    """Write the float twin of a quantized directory, with a task merged in or not; returns the bytes of its parameters."""
+    model = _load_quantized(name, task_file)
     merge(model)
     checkpoint.save_model_dir(model, _tokenizer(name), out)
     return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def export_onnx_directory(name: str, task_file: Path | None, out: Path) -> OnnxFile:
+    """Write a quantized directory, with a task or not, as the ONNX file ``out``. Raises as export_onnx."""
+    return export_onnx(_load_quantized(name, task_file, torch.float32), out)
 
 
 # ---- language models ---------------------------------------------------------------------------------------------------

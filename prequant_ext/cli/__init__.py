@@ -10,7 +10,7 @@ from prequant_ext.cli.options import AsJson
 from prequant_ext.console import OK
 
 # isort: off
-from prequant_ext.cli import models, training, perplexity, serving, experiments  # noqa: F401  each adds its commands, in the order of --help
+from prequant_ext.cli import models, export, training, perplexity, serving, experiments  # noqa: F401  each adds its commands, in the order of --help
 # isort: on
 
 
