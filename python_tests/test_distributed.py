@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from toys import assert_same
 from transformers import BertForSequenceClassification
 
-from prequant_ext.task import fingerprint, load_task
+from prequant_ext.task import load_task
+from prequant_ext.task_file import fingerprint
 
 pytestmark = pytest.mark.slow
 
