@@ -27,7 +27,7 @@ def prepare_model(
     """Make a quantized ``model`` ready for training, in place, and return it: the base frozen, outlier weights (or scales) and the head trained.
 
     gradient_checkpointing  of a transformers model: blocks are run again in the backward pass instead of kept, and the cache of keys and values is off
-    use_reentrant           how it is done: torch's older way needs an input with a gradient, so the embeddings' output gets one
+    use_reentrant           torch's older way to do it; the embeddings, frozen as they are, then have an output with a gradient, which it needs
     sharded                 for FSDP2, before ``fully_shard``: packed codes stay in the layout of the files, whose rows can be cut and filled anywhere
     biases, layer_norms     train those of the base, too, as in :func:`trainable_parameters`
     guard_nan, guard_memory install :func:`nan_guard` and :func:`memory_guard` for good
@@ -43,7 +43,8 @@ def prepare_model(
         raise ValueError(f"gradient_checkpointing=True needs a transformers model that supports it, got {type(model).__name__}")
     trainable_parameters(model, biases=biases, layer_norms=layer_norms)
     if gradient_checkpointing:
-        _checkpoint(model, use_reentrant)
+        model.activation_checkpointing_enable({"use_reentrant": use_reentrant})  # type: ignore[operator]
+        model.config.use_cache = False  # type: ignore[union-attr]
     if sharded:
         for module in model.modules():
             if isinstance(module, PreQuantLinear):
@@ -54,14 +55,6 @@ def prepare_model(
     if guard_memory:
         memory_guard(model)
     return model
-
-
-def _checkpoint(model: Any, use_reentrant: bool) -> None:
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its older name
-    enable({"use_reentrant": use_reentrant})
-    model.config.use_cache = False
-    if use_reentrant:
-        model.enable_input_require_grads()
 
 
 # ---- strategies of distributed training, refused as early as they can be seen ------------------------------------------

@@ -64,7 +64,7 @@ def test_bf16_autocast_trains_float32_masters(tmp_path):
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_trainers_own_gradient_checkpointing(use_reentrant, tmp_path):
-    """Reentrant, the embeddings' output must have a gradient, which prepare_model sees to."""
+    """Reentrant, no gradient would get past a frozen embedding whose output has none."""
     plain = trainer(quantized_bert(), tmp_path)
     plain.train()
     model = prepare_model(quantized_bert(), gradient_checkpointing=True, use_reentrant=use_reentrant)
