@@ -177,16 +177,19 @@ class PreQuantLinear(FrozenWeight):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.prepack_()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, outlier_weight: Tensor | None = None) -> Tensor:
+        """``outlier_weight`` takes the place of the layer's own: float32 of its shape, or (B, ...) with one for each of the batch's B rows."""
         K = x.shape[-1]
         if self.in_features != K:  # the packed row alone cannot tell an odd K from the next even one
             raise ValueError(f"x has K = {K} but the layer has in_features = {self.in_features}")
-        row_weights = None if self.row_weights is None else self.row_weights()
-        if row_weights is not None:
-            return self._forward_mixed(x, row_weights)
+        if outlier_weight is None and self.row_weights is not None:
+            outlier_weight = self.row_weights()
+        if outlier_weight is not None and outlier_weight.dim() == 3:
+            return self._forward_mixed(x, outlier_weight)
         rows = x if x.dim() == 2 else x.reshape(-1, K)
         own: dict[str, Any] = self._parameters  # an attribute costs Module a search, and a layer of one token is done in a few microseconds
-        weight = (own["weight_packed"], own["weight_scale"], own["weight_zero_point"], own["outlier_dims"], own["outlier_weight"])
+        outlier_weight = own["outlier_weight"] if outlier_weight is None else outlier_weight
+        weight = (own["weight_packed"], own["weight_scale"], own["weight_zero_point"], own["outlier_dims"], outlier_weight)
         axis, bias = AXES[self.axis], own["bias"]
         if self.activation_bits is None:
             y = ops.linear_w4a16(rows, *weight, bias, self.bits, axis, self.out_features)

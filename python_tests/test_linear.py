@@ -62,6 +62,22 @@ def test_dequantized_start_equals_no_outliers(axis):
     assert started.dequantize().equal(without.dequantize())
 
 
+@pytest.mark.parametrize("axis", ["input", "output"])
+def test_given_outlier_weights_take_the_place_of_the_layers_own(axis):
+    layer = PreQuantLinear.from_linear(linear(), PreQuantConfig(r=3), axis=axis)
+    given = torch.randn_like(layer.outlier_weight, requires_grad=True)
+    other = copy.deepcopy(layer)
+    other.outlier_weight.data.copy_(given)
+    x = torch.randn(2, 5, 64)
+    y, wanted = layer(x, given), other(x)
+    assert torch.equal(y, wanted)
+    y.square().sum().backward()
+    wanted.square().sum().backward()
+    assert torch.equal(given.grad, other.outlier_weight.grad) and layer.outlier_weight.grad is None
+    mixed = layer(x, torch.stack([given, layer.outlier_weight]))
+    torch.testing.assert_close(mixed, torch.stack([wanted[0], layer(x)[1]]))
+
+
 def saved_bytes(layer: PreQuantLinear, x: torch.Tensor) -> list[torch.Tensor]:
     """Tensors kept for backward that do not belong to the layer."""
     own, kept = {p.data_ptr() for p in layer.parameters()}, []
