@@ -22,6 +22,7 @@ from prequant_ext.model import head_parameter_names
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RESERVED_METADATA = ("format_version", "base_fingerprint", "name")
+WRAPPED = ".base_layer"  # the end of a layer's name where PEFT has wrapped it
 
 
 def check_task_name(name: str) -> str:
@@ -41,12 +42,12 @@ def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the quantized base: packed codes, scales, zero points, outlier indices and the format version, as 64 hexadecimal digits.
 
     Outlier weights, heads and PreQuant-alpha's trained scales are a task's own and stay out. Names count without the prefix that a task model puts
-    before its backbone's, so that a bare backbone and every task model on it agree.
+    before its backbone's, so that a bare backbone and every task model on it agree; and without what PEFT puts behind those it wraps.
 
     Raises ValueError if the model has no quantized module.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    modules = sorted((name.removeprefix(prefix), module) for name, module in _quantized_modules(model))
+    modules = sorted((name.removeprefix(prefix).removesuffix(WRAPPED), module) for name, module in _quantized_modules(model))
     if not modules:
         raise ValueError(f"model must be quantized (quantize_model) to have a base fingerprint, got a {type(model).__name__} without quantized modules")
     digest = hashlib.sha256(f"prequant {FORMAT_VERSION}".encode())
@@ -67,9 +68,16 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def task_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that belong to a task, by name: outlier weights (PreQuant-alpha: scales) and the head, pooler included."""
+    """The parameters that belong to a task, by name: outlier weights (PreQuant-alpha: scales) and the head, pooler included.
+
+    Raises ValueError for a model that PEFT has wrapped: its adapters are the tasks.
+    """
     names = set(head_parameter_names(model))
     for name, module in _quantized_modules(model):
+        if name.endswith(WRAPPED):
+            raise ValueError(
+                f"model is wrapped by PEFT ({name}), whose adapters are its tasks: use add_adapter, set_adapter, save_pretrained; or unload() it first"
+            )
         if isinstance(module, PreQuantLinear):
             if module.r > 0:
                 names.add(f"{name}.outlier_weight")
