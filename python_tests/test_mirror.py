@@ -56,7 +56,7 @@ def test_imports_point_down_only():
         ["blocks", "sites", "report"],
         ["model"],
         ["row_tasks", "checkpoint", "task_file", "prepare"],
-        ["hf", "task", "export"],
+        ["hf", "task", "export", "peft"],
         ["baselines"],
         ["glue"],
         ["serve"],
