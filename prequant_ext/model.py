@@ -93,7 +93,7 @@ def quantize_model(model: nn.Module, config: PreQuantConfig, *, family: Family |
 
     layers: dict[str, nn.Module] = {}
     rows = []
-    for site in _progress(sites, "quantizing"):
+    for site in progress(sites, "quantizing"):
         layer, error, num_outliers = _quantize(site, modules[site.name], config, tuned_weights.get(site.name))
         layer.train(modules[site.name].training)
         layers[site.name] = layer
@@ -166,7 +166,7 @@ def _swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         model.set_submodule(name, module)
 
 
-def _progress(sites: list[Site], what: str) -> Iterable[Site]:
+def progress(sites: list[Site], what: str) -> Iterable[Site]:
     """``sites`` behind a progress bar, unless transformers' switch turns bars off or no bar is installed."""
     logging = sys.modules.get("transformers.utils.logging")
     if logging is not None:

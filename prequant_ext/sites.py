@@ -91,6 +91,13 @@ def family_of(model: nn.Module) -> Family:
     return given or FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), UNKNOWN)
 
 
+def role_of(path: str, family: Family) -> str | None:
+    """The axis of a reader ("input") or writer ("output") of the residual stream, by its name within its block; the longest matching ending decides."""
+    endings = [(len(ending), "input") for ending in family.reads if ends_with(path, ending)]
+    endings += [(len(ending), "output") for ending in family.writes if ends_with(path, ending)]
+    return max(endings)[1] if endings else None
+
+
 def is_pretrained_model(model: nn.Module) -> bool:
     """Whether ``model`` is a transformers model. transformers is optional: unless it is imported, nothing is."""
     modeling = sys.modules.get("transformers.modeling_utils")
@@ -172,13 +179,7 @@ class _Walk:
         block = block_holding(name, self.blocks)
         if block is None:
             return OUTSIDE
-        return NO_ROLE if self._role(name.removeprefix(f"{block.name}.")) is None else None
-
-    def _role(self, path: str) -> str | None:
-        """The axis of a reader ("input") or writer ("output") of the residual stream; the longest matching ending decides."""
-        endings = [(len(ending), "input") for ending in self.family.reads if ends_with(path, ending)]
-        endings += [(len(ending), "output") for ending in self.family.writes if ends_with(path, ending)]
-        return max(endings)[1] if endings else None
+        return NO_ROLE if role_of(name.removeprefix(f"{block.name}."), self.family) is None else None
 
     def _embedding(self, name: str, module: nn.Embedding) -> Site:
         return Site(name, "embedding", (module.num_embeddings, module.embedding_dim), None, 8)
@@ -187,7 +188,7 @@ class _Walk:
         is_transposed = is_conv1d(module)
         N, K = module.weight.T.shape if is_transposed else module.weight.shape  # type: ignore[misc]
         block = block_holding(name, self.blocks)
-        role = self._role(name.removeprefix(f"{block.name}.")) if block else None
+        role = role_of(name.removeprefix(f"{block.name}."), self.family) if block else None
         axis = role if self.config.axis == "hidden" else self.config.axis
         hidden_size = {"input": K, "output": N, None: self.hidden_size}[role]
         bits = self.bits.get(block.name, self.config.bits) if block else self.config.bits
