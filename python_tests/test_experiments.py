@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from prequant_ext import cli
 from prequant_ext.baselines import METHODS
 from prequant_ext.config import PreQuantConfig
-from prequant_ext.glue import error_map, metrics, page, runner, tables, train
+from prequant_ext.glue import error_map, metrics, page, runner, tables, template, train
 from prequant_ext.glue.experiments import EXPERIMENTS, GRIDS, Arm, Experiment
 from prequant_ext.glue.runner import Plan, identity
 from prequant_ext.linear import PreQuantLinear
@@ -217,7 +217,7 @@ def test_the_error_map_has_every_matrix_and_strategy(tmp_path):
 
 
 def test_markdown_becomes_html():
-    text = page.as_html("| a | b |\n|---|---|\n| 1 < 2 | 3 |\n\n- a note\n- another")
+    text = template.as_html("| a | b |\n|---|---|\n| 1 < 2 | 3 |\n\n- a note\n- another")
     assert text == "<table>\n<tr><th>a</th><th>b</th></tr>\n<tr><td>1 &lt; 2</td><td>3</td></tr>\n</table>\n<ul>\n<li>a note</li>\n<li>another</li>\n</ul>"
 
 

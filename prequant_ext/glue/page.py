@@ -1,9 +1,7 @@
 """One HTML page of everything that a folder of runs holds: tables, figures and the paper's numbers. It stands alone: no script, no network."""
 
 import dataclasses
-import html
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +11,11 @@ from prequant_ext.glue.figures import figure, heat_map
 from prequant_ext.glue.paper import PAPER
 from prequant_ext.glue.runner import Line, Plan, read_lines
 from prequant_ext.glue.tables import markdown
+from prequant_ext.glue.template import Section, as_html, details, render
 from prequant_ext.task_file import write_atomically
 
 RUNS_FILE, PLAN_SUFFIX = "runs.jsonl", ".plan.json"
 COMPLETE_TASKS = ("sst2", "mrpc", "cola", "stsb", "rte")  # of which a usual download has every row
-
-TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>PreQuant: experiments</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid #ddd; padding-top: 1rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; margin: .7rem 0; }
-th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
-th { border-bottom: 1px solid #999; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
-ul { color: #555; font-size: .9rem; padding-left: 1.2rem; } .paper { color: #444; } .paper summary { cursor: pointer; color: #0072b2; }
-svg { max-width: 100%; height: auto; display: block; margin: 1rem 0; } nav a { margin-right: 1rem; color: #0072b2; }
-</style>
-</head>
-<body>
-<h1>PreQuant: experiments</h1>
-<p>{{ runs }} runs of {{ models | join(", ") }}. Scores are the best epoch's on the validation rows, means ± standard deviations over seeds (how many).</p>
-<nav>{% for section in sections %}<a href="#{{ section.name }}">{{ section.name }}</a>{% endfor %}</nav>
-{% for section in sections %}
-<h2 id="{{ section.name }}">{{ section.title }}, {{ section.model }}</h2>
-{% if section.table %}{{ section.table | safe }}{% endif %}
-{% if section.figure %}{{ section.figure | safe }}{% endif %}
-{% if section.paper %}<details class="paper" open><summary>the paper's numbers, for larger models</summary>{{ section.paper | safe }}</details>{% endif %}
-{% endfor %}
-</body>
-</html>
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,29 +59,31 @@ def read_studies(folder: Path) -> list[Study]:
 
 def page(folder: Path) -> str:
     """The page of the experiments in ``folder``. Raises FileNotFoundError where there are none."""
-    from jinja2 import Environment
+    lines = read_lines(folder / RUNS_FILE)
+    studies, found = read_studies(folder), read_error_map(folder)
+    models = sorted({study.model for study in studies} | ({found[0]} if found else set()))
+    intro = f"{len(lines)} runs of {', '.join(models)}. Scores are the best epoch's on the validation rows, means ± standard deviations over seeds (how many)."
+    return render("PreQuant: experiments", intro, sections(folder))
 
-    lines, sections = read_lines(folder / RUNS_FILE), []
-    studies = read_studies(folder)
-    for each in studies:
-        own = [line for line in lines if line["model"] == each.model]
-        title, _, *rest = markdown(each.plan, own)
-        sections.append(
-            {
-                "name": each.name,
-                "title": title.strip("*"),
-                "model": each.model,
-                "table": as_html("\n".join([*rest, *_partial(each.plan, own)])),
-                "figure": figure(each.name, each.plan, own),
-                "paper": as_html(PAPER.get(each.name, "")),
-            }
-        )
+
+def sections(folder: Path) -> list[Section]:
+    """A section an experiment in ``folder``. Raises FileNotFoundError where there are none."""
+    lines = read_lines(folder / RUNS_FILE)
+    made = [_section(study, [line for line in lines if line["model"] == study.model]) for study in read_studies(folder)]
     found = read_error_map(folder)
     if found is not None:
         model, errors = found
-        sections.append({"name": "fig4", "title": "Quantization error of each matrix (Figure 4)", "model": model, "figure": heat_map(errors)})
-    models = sorted({str(section["model"]) for section in sections})
-    return Environment(autoescape=True).from_string(TEMPLATE).render(sections=sections, runs=len(lines), models=models)
+        made.append(Section("fig4", f"Quantization error of each matrix (Figure 4), {model}", [heat_map(errors)]))
+    return made
+
+
+def _section(study: Study, own: list[Line]) -> Section:
+    title, _, *rest = markdown(study.plan, own)
+    drawn, printed = figure(study.name, study.plan, own), as_html(PAPER.get(study.name, ""))
+    parts = [as_html("\n".join([*rest, *_partial(study.plan, own)]))]
+    parts += [drawn] if drawn else []
+    parts += [details("the paper's numbers, for larger models", printed, is_open=True)] if printed else []
+    return Section(study.name, f"{title.strip('*')}, {study.model}", parts)
 
 
 def _partial(plan: Plan, lines: list[Line]) -> list[str]:
@@ -120,20 +91,3 @@ def _partial(plan: Plan, lines: list[Line]) -> list[str]:
     cut = {line["wanted"]["task"] for line in lines if line["wanted"]["max_train"]}
     partial = [task for task in plan.tasks if task not in COMPLETE_TASKS or task in cut]
     return [f"- a part of the training rows, not the whole task: {', '.join(partial)}."] if partial else []
-
-
-def as_html(markdown_text: str) -> str:
-    """The tables and lists of our own markdown, which has nothing else."""
-    out, kind = [], ""
-    for line in markdown_text.strip().splitlines():
-        is_row, is_item = line.startswith("|"), line.startswith("- ")
-        wanted = "table" if is_row else "ul" if is_item else ""
-        if wanted != kind:
-            out += [f"</{kind}>"] * bool(kind) + [f"<{wanted}>"] * bool(wanted)
-        if is_row and not re.fullmatch(r"[|\-]+", line):
-            cell = "th" if kind != "table" else "td"
-            out.append("<tr>" + "".join(f"<{cell}>{html.escape(text.strip())}</{cell}>" for text in line.strip("|").split("|")) + "</tr>")
-        elif is_item:
-            out.append(f"<li>{html.escape(line[2:])}</li>")
-        kind = wanted
-    return "\n".join(out + [f"</{kind}>"] * bool(kind))
