@@ -1,7 +1,7 @@
 """The steps behind the command line: from a model's name to a directory, a report, a score."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from prequant_ext.export import OnnxFile, export_onnx
 from prequant_ext.glue import train
 from prequant_ext.glue.error_map import error_map, write_error_map
 from prequant_ext.glue.experiments import EXPERIMENTS
+from prequant_ext.glue.inspection import Inspection, inspect_float, inspect_quantized
+from prequant_ext.glue.model_page import model_page
 from prequant_ext.glue.models import classifier_class, resolve_model
 from prequant_ext.glue.page import RUNS_FILE, Study, page
 from prequant_ext.glue.runner import SEARCH_TASK, Plan, describe, identity, progress, read_lines, run, scores_of
@@ -24,12 +26,14 @@ from prequant_ext.glue.tasks import get_task, load_rows
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import PlanRow, Report, merge, plan, quantize_model
 from prequant_ext.perplexity import exp_mean, token_losses, window_sizes
+from prequant_ext.sensitivity import Proposal, propose_layer_bits
 from prequant_ext.task import load_task
 from prequant_ext.task_file import read_task, write_atomically
 
 REPORT_FILE = "prequant_report.json"  # beside the weights: errors and outlier counts cannot be computed again once the float weights are gone
 CAUSAL_LM_HEADS = ("ForCausalLM", "LMHeadModel")
 KEPT_CLASSES = (*CAUSAL_LM_HEADS, "ForConditionalGeneration", "EncoderModel")  # by the end of their name
+DEFAULT_BUDGET = {"bits_per_weight": 3.0}  # of a page's proposal: half-way between 2 and 4 bits, where blocks are told apart
 PLAN_TITLES = ("module", "shape", "axis", "bits", "r", "trained", "kB")
 
 
@@ -78,14 +82,19 @@ def _tokenizer(path: str) -> Any:
         return None
 
 
-def quantized(name: str, config: PreQuantConfig) -> tuple[PreTrainedModel, Any, Report]:
-    """(model, tokenizer, report) of a float model, quantized. Raises FileNotFoundError; ValueError as quantize_model."""
+def _float_model(name: str) -> PreTrainedModel:
+    """Raises FileNotFoundError; ValueError where it is quantized."""
     path = resolve_model(name)
     own_config = model_config(path)
     if getattr(own_config, "quantization_config", None) is not None:
         raise ValueError(f"{name} is quantized already; quantize its float checkpoint")
-    model = _model_class(own_config).from_pretrained(path)
-    return model, _tokenizer(path), quantize_model(model, config)
+    return _model_class(own_config).from_pretrained(path)
+
+
+def quantized(name: str, config: PreQuantConfig) -> tuple[PreTrainedModel, Any, Report]:
+    """(model, tokenizer, report) of a float model, quantized. Raises FileNotFoundError; ValueError as quantize_model."""
+    model = _float_model(name)
+    return model, _tokenizer(resolve_model(name)), quantize_model(model, config)
 
 
 def quantize_directory(name: str, config: PreQuantConfig, out: Path) -> Report:
@@ -113,6 +122,33 @@ def stored_report(name: str) -> Report:
         return Report.from_dict(json.loads(path.read_text()))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def inspected(name: str, config: PreQuantConfig) -> Inspection:
+    """A quantized directory with its stored report, or a float model, measured and quantized in memory. Raises as stored_report and inspect_float."""
+    if not is_quantized_directory(name):
+        return inspect_float(name, _float_model(name), config)
+    report = stored_report(name)
+    return inspect_quantized(name, _model_class(model_config(name)).from_pretrained(name), report)
+
+
+def proposed(inspection: Inspection, budget: Mapping[str, float] | None) -> Proposal | None:
+    """Bits of blocks within ``budget`` (of propose_layer_bits). Without one DEFAULT_BUDGET, or None where nothing can be proposed.
+
+    Raises ValueError as propose_layer_bits, and for a budget where there are no float weights.
+    """
+    if inspection.measured is None:
+        if budget is not None:
+            raise ValueError(f"--budget needs float weights, to measure other widths, but {inspection.name} is quantized already")
+        return None
+    if budget is None and any(matrix.block is None for matrix in inspection.measured.matrices):
+        return None
+    return propose_layer_bits(inspection.measured, **(DEFAULT_BUDGET if budget is None else budget))
+
+
+def write_model_page(inspection: Inspection, proposal: Proposal | None, task_files: Sequence[Path], runs: Path | None, out: Path) -> None:
+    """Raises as model_page; OUT is whole or as it was."""
+    write_atomically(out, model_page(inspection, proposal, task_files, runs).encode())
 
 
 def plan_table(plan_rows: Sequence[PlanRow]) -> tuple[Sequence[str], list[Sequence[str]], str]:

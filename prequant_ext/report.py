@@ -92,7 +92,7 @@ class Report:
 
     def coverage_line(self) -> str:
         """Such as "quantized 61.0 % of the weights; not covered: score (2, 32), task head; ..."."""
-        missing = "; ".join(_grouped(self.uncovered)) or "nothing but norms and biases"
+        missing = "; ".join(f"{what}, {reason}" for what, reason in grouped(self.uncovered)) or "nothing but norms and biases"
         return f"quantized {100 * self.coverage:.1f} % of the weights; not covered: {missing}"
 
     def cells(self) -> list[Sequence[str]]:
@@ -119,7 +119,7 @@ class Report:
             f"{self.bytes_before / 1e6:,.2f} MB -> {self.bytes_after / 1e6:,.2f} MB ({ratio:.1f} %), {self.trainable:,} outlier weights or scales to train",
             f"L2 error of the matrices {self.l2_error:.4g}, of the embeddings {self.embedding_l2_error:.4g}; {self.num_outliers:,} outliers",
             f"quantized {100 * self.coverage:.1f} % of {self.total_weights:,} weights; not covered:",
-            *(f"  {line}" for line in _grouped(self.uncovered) or ["nothing but norms and biases"]),
+            *([f"  {what}, {reason}" for what, reason in grouped(self.uncovered)] or ["  nothing but norms and biases"]),
         ]
         return "\n".join(lines)
 
@@ -147,10 +147,10 @@ def table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _grouped(uncovered: Sequence[Uncovered]) -> list[str]:
-    """A line for each name, block numbers folded: "layers.*.mlp.gate (4, 32) x 2, ..."."""
+def grouped(uncovered: Sequence[Uncovered]) -> list[tuple[str, str]]:
+    """A pair of what and why for each name, block numbers folded: ("layers.*.mlp.gate (4, 32) x 2", "...")."""
     groups: dict[tuple[str, tuple[int, ...], str], int] = {}
     for entry in uncovered:
         key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", entry.name), entry.shape, entry.reason)
         groups[key] = groups.get(key, 0) + 1
-    return [f"{name} {shape}{f' x {count}' if count > 1 else ''}, {reason}" for (name, shape, reason), count in groups.items()]
+    return [(f"{name} {shape}{f' x {count}' if count > 1 else ''}", reason) for (name, shape, reason), count in groups.items()]

@@ -29,6 +29,7 @@ from prequant_ext.cli.options import (
     Threshold,
     TrainScales,
     WeightOnly,
+    budget_of,
     config_of,
     megabytes,
     refuse_existing,
@@ -63,41 +64,72 @@ def quantize(
             say(f"wrote {out}")
 
 
-@app.command(epilog="Example: prequant inspect minilm --dry-run --bits 2")
+@app.command(epilog="Example: prequant inspect minilm --bits 2 --dry-run, or: prequant inspect minilm --budget 16.5MB -o report.html")
 def inspect(
     model: Model, bits: Bits = None, layer_bits: LayerBits = None, strategy: StrategyOption = None, group_size: GroupSize = None,
     r: Dimensions = None, axis: AxisOption = None, selector: SelectorOption = None, outlier_threshold: Threshold = None,
     activation_bits: ActivationBits = None, weight_only: WeightOnly = False, activation_granularity: ActivationGranularity = None,
     float_embeddings: FloatEmbeddings = False, init: InitOption = None, train_scales: TrainScales = False, exclude: Exclude = None,
     seed: SelectorSeed = None, paper: Paper = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only the plan: no weight is read")] = False, as_json: AsJson = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only the plan: no weight is read")] = False,
+    budget: Annotated[str | None, typer.Option(help="propose bits of blocks within it: 16MB of the whole model, or 3.0 stored bits a weight")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="an HTML file, with figures")] = None,
+    task_file: Annotated[list[Path] | None, typer.Option(help="a task on this base, for the HTML file; may be repeated")] = None,
+    runs: Annotated[Path | None, typer.Option(help="a folder of prequant experiment, for the HTML file")] = None,
+    overwrite: Overwrite = False, as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Coverage, error and outliers of each module: of a quantized directory, or of what the options would make of a float model. Writes nothing."""
+    """Coverage, error and outliers of each module: of a quantized directory, or of what the options would make of a float model.
+
+    Writes nothing, or with -o one HTML page with maps of errors and outlier dimensions, histograms, bits proposed for blocks, what tasks changed.
+    """
     with exit_codes():
         config = config_of(
             bits, layer_bits, strategy, group_size, r, axis, selector, outlier_threshold, activation_bits, weight_only, activation_granularity,
             float_embeddings, init, train_scales, exclude, seed, paper,
         )  # fmt: skip
+        limits = None if budget is None else budget_of(budget)
+        if out is None and (task_file or runs):
+            raise ValueError("--task-file and --runs are for the HTML file: name it with -o")
+        if dry_run and (out or budget):
+            raise ValueError("--dry-run reads no weight: -o and --budget need them")
+        if out is not None:
+            refuse_existing(out, overwrite)
         quiet_libraries()
         from prequant_ext import pipeline
 
-        if pipeline.is_quantized_directory(model):
-            if dry_run or config != PreQuantConfig():
-                raise ValueError(f"{model} is quantized already: --dry-run and the options of quantize are for float models")
-            report = pipeline.stored_report(model)
-        elif dry_run:
-            rows = pipeline.plan_of(model, config)
-            if as_json:
-                show_json({"model": model, "config": config.to_dict(), "plan": [dataclasses.asdict(row) for row in rows]})
-            else:
-                show(*pipeline.plan_table(rows))
-            return
+        is_quantized = pipeline.is_quantized_directory(model)
+        if is_quantized and (dry_run or config != PreQuantConfig()):
+            raise ValueError(f"{model} is quantized already: --dry-run and the options of quantize are for float models")
+        if dry_run:
+            return _show_plan(model, config, as_json)
+        proposal = None
+        if out is not None or limits is not None:
+            inspection = pipeline.inspected(model, config)
+            report, proposal = inspection.report, pipeline.proposed(inspection, limits)
+            if out is not None:
+                pipeline.write_model_page(inspection, proposal, task_file or [], runs, out)
         else:
-            report = pipeline.quantized(model, config)[2]
+            report = pipeline.stored_report(model) if is_quantized else pipeline.quantized(model, config)[2]
         if as_json:
-            show_json({"model": model, "report": report.to_dict(), "coverage": report.coverage, "l2_error": report.l2_error})
+            found = {"model": model, "report": report.to_dict(), "coverage": report.coverage, "l2_error": report.l2_error}
+            show_json(found | ({"proposal": proposal.to_dict()} if proposal else {}))
         else:
             show(report.titles, report.cells(), report.caption())
+            if proposal is not None and limits is not None:
+                print()
+                show(proposal.titles, proposal.cells(), proposal.caption())
+        if out is not None:
+            say(f"wrote {out}")
+
+
+def _show_plan(model: str, config: PreQuantConfig, as_json: bool) -> None:
+    from prequant_ext import pipeline
+
+    rows = pipeline.plan_of(model, config)
+    if as_json:
+        show_json({"model": model, "config": config.to_dict(), "plan": [dataclasses.asdict(row) for row in rows]})
+    else:
+        show(*pipeline.plan_table(rows))
 
 
 @app.command(epilog="Example: prequant merge base --task-file tasks/sst2.task -o sst2-float")

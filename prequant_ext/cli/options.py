@@ -94,6 +94,16 @@ def _layer_rule(rule: str) -> tuple[str, int]:
     return blocks, int(bits)
 
 
+def budget_of(text: str) -> dict[str, float]:
+    """The keyword of propose_layer_bits for "16MB" or "3.0". Raises ValueError for anything else."""
+    size, is_megabytes = text.strip().removesuffix("MB"), text.strip().endswith("MB")
+    try:
+        number = float(size)
+    except ValueError:
+        raise ValueError(f"budget must be megabytes such as 16MB, or bits a weight such as 3.0, got {text!r}") from None
+    return {"budget_bytes": number * 1e6} if is_megabytes else {"bits_per_weight": number}
+
+
 def refuse_existing(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} is there already; --overwrite replaces it")

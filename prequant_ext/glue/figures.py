@@ -1,6 +1,7 @@
 """Figures of an experiment as SVG text, from its lines alone: score against what the arms differ in."""
 
 import io
+import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -46,20 +47,27 @@ def heat_map(errors: Sequence[MatrixError]) -> str:
     drawing = Figure(figsize=(3.1 * len(strategies) + 0.6, 1.9 + 0.3 * blocks), layout="constrained")
     panels = drawing.subplots(1, len(strategies), squeeze=False, sharey=True)[0]
     for axes, strategy in zip(panels, strategies, strict=True):
-        values = [[float("nan")] * len(matrices) for _ in range(blocks)]
+        values = [[math.nan] * len(matrices) for _ in range(blocks)]
         for error in errors:
             if error.strategy == strategy:
                 values[error.block][matrices.index(error.matrix)] = 100 * error.error
-        image = axes.imshow(values, cmap="viridis", vmin=0, vmax=100 * max(error.error for error in errors), aspect="auto")
-        for block, row in enumerate(values):
-            for column, value in enumerate(row):
-                axes.text(column, block, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if image.norm(value) < 0.7 else "black")
-        axes.set_xticks(range(len(matrices)), matrices, rotation=40, ha="right", fontsize=8)
-        axes.set_yticks(range(blocks))
+        image = grid(axes, values, [str(block) for block in range(blocks)], matrices, 100 * max(error.error for error in errors))
         axes.set_title(strategy, fontsize=10, color=INK)
     panels[0].set_ylabel("block", fontsize=9, color=INK)
     drawing.colorbar(image, ax=panels, label="||w' - w|| / ||w||, %")
-    return _svg(drawing)
+    return svg(drawing)
+
+
+def grid(axes: Any, values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], largest: float, form: str | None = ".0f") -> Any:
+    """Cells coloured from 0 to ``largest``, each with its value in it unless ``form`` is None; NaN: an empty cell. Returns the image, for a colour bar."""
+    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=largest or 1, aspect="auto")
+    for row, own in enumerate(values):
+        for column, value in enumerate(own):
+            if form is not None and not math.isnan(value):
+                axes.text(column, row, f"{value:{form}}", ha="center", va="center", fontsize=7, color="white" if image.norm(value) < 0.7 else "black")
+    axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    return image
 
 
 def figure(name: str, plan: Plan, lines: Sequence[Line]) -> str | None:
@@ -75,10 +83,11 @@ def figure(name: str, plan: Plan, lines: Sequence[Line]) -> str | None:
         (_curves if name in AXES else _rows)(axes, name, plan, task, lines)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(f"{task} ({get_task(task).metrics[0]})", fontsize=10, color=INK)
-    return _svg(drawing)
+    return svg(drawing)
 
 
-def _svg(drawing: Any) -> str:
+def svg(drawing: Any) -> str:
+    """A matplotlib figure as SVG text that can stand in an HTML page."""
     text = io.StringIO()
     drawing.savefig(text, format="svg", metadata={"Date": None})
     return re.sub(r"^.*?<svg", "<svg", text.getvalue(), flags=re.S)

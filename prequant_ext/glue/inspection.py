@@ -19,7 +19,7 @@ from prequant_ext.outliers import AXES
 from prequant_ext.report import Report, ReportRow
 from prequant_ext.sensitivity import Sensitivity, sensitivity
 from prequant_ext.sites import family_of, role_of
-from prequant_ext.task import fingerprint, read_task
+from prequant_ext.task_file import fingerprint, read_task
 
 BINS = 121  # of a histogram of float weights
 
