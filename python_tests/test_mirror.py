@@ -55,7 +55,7 @@ def test_imports_point_down_only():
         ["linear", "embedding", "families", "doctor", "t5_encoder", "perplexity"],
         ["blocks", "sites", "report"],
         ["model"],
-        ["row_tasks", "checkpoint", "task_file", "prepare"],
+        ["row_tasks", "checkpoint", "task_file", "prepare", "sensitivity"],
         ["hf", "task", "export", "peft"],
         ["baselines"],
         ["glue"],
