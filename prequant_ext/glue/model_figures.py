@@ -11,6 +11,7 @@ from prequant_ext.sensitivity import Choice, Proposal
 
 COLUMNS = 40  # of a map of dimensions: the rest recurs least
 CELL = 0.19  # inches, the height of a matrix's row
+BAR = 0.2  # inches, the width of a colour bar
 VALUES_UP_TO = 8  # outlier dimensions of a matrix whose values can be read in a cell
 PANELS = 3  # tasks side by side
 
@@ -50,7 +51,7 @@ def error_figure(inspection: Inspection) -> str | None:
 
 
 def _colour_bar(drawing: Any, image: Any, axes: Any, text: str) -> None:
-    bar = drawing.colorbar(image, ax=axes, pad=0.01, aspect=30)
+    bar = drawing.colorbar(image, ax=axes, pad=0.01, aspect=max(20, drawing.get_figheight() / BAR))
     bar.set_label(text, fontsize=9, color=INK)
     bar.ax.tick_params(labelsize=8)
 

@@ -100,6 +100,8 @@ def _errors(inspection: Inspection) -> Section:
 def _dimensions(inspection: Inspection) -> Section:
     found = recurrences(inspection)
     parts = [part for recurrence in found for part in _recurrence_parts(recurrence, len(found) > 1)]
+    if len(found) > 1:
+        parts.append(paragraph("Each stack has a residual stream. Cross-attention keys and values, which read another's, are counted with their own stack."))
     if not found:
         has_none = not any(matrix.layer.r for matrix in inspection.matrices)
         why = "it has none" if has_none else "none of its matrices is known to have them in the residual stream"
@@ -111,10 +113,9 @@ def _recurrence_parts(recurrence: Recurrence, has_stacks: bool) -> list[str]:
     slots, matrices = sum(recurrence.counts.values()), len(recurrence.matrices)
     recurring = sum(count > 1 for count in recurrence.counts.values())
     where = f"{recurrence.stack}: " if has_stacks else ""
-    shared = " Cross-attention keys and values read the other stack's stream and are counted here all the same." if has_stacks else ""
     text = (
         f"{where}{matrices} matrices chose {slots:,} outlier dimensions among the {recurrence.width:,} of the residual stream, {len(recurrence.counts):,} "
-        f"different ones; {recurring:,} recur. Drawn at random, each would be in {recurrence.by_chance:.2f} matrices.{shared}"
+        f"different ones; {recurring:,} recur. Drawn at random, each would be in {recurrence.by_chance:.2f} matrices."
     )
     more = f" The {figures.COLUMNS} that recur most are shown." if recurring > figures.COLUMNS else ""
     how = f"A cell is coloured where the dimension is an outlier dimension of the matrix, by the root mean square of its slice over that of the matrix.{more}"
