@@ -68,7 +68,7 @@ def made_up_text(topics, seed, sentences):
 
 
 def toy(args):
-    """(model, tokenizer, text to fine-tune on, text held out): a Llama that has read much of a farm and little of the sea shall write of the sea."""
+    """(model, tokenizer, text to fine-tune on, text held out): a Llama that has read of a farm and of the sea shall write of the sea alone."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -79,7 +79,7 @@ def toy(args):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=None, eos_token_id=None, **sizes))
-    train(model, tokenizer, made_up_text([farm] * 7 + [sea], 0, sentences=800), args, steps=250, learning_rate=5e-3)
+    train(model, tokenizer, made_up_text([farm, sea], 0, sentences=2000), args, steps=250, learning_rate=5e-3)
     return model, tokenizer, made_up_text([sea], 1, sentences=400), made_up_text([sea], 2, sentences=40)
 
 
