@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -248,9 +249,13 @@ def export_onnx(model: Any, path: str | os.PathLike) -> OnnxFile:
     Inputs are int64 (batch, sequence), see :func:`random_inputs`; outputs float32: logits of a model with a head, else last_hidden_state, and pooler_output
     where there is a pooler. ``model`` stays as it is, and the file appears when it is complete and, if onnxruntime is installed, checked.
 
-    Raises ValueError for a model that is not quantized, not of transformers, not float32, has both encoder and decoder, or is larger than a file can be, and
-    where onnx or onnxscript is not installed; RuntimeError where onnxruntime's outputs differ from the model's by more than MAX_RELATIVE_ERROR of the largest.
+    Raises ValueError for a model that is not quantized, not of transformers, not float32, has both encoder and decoder, or is larger than a file can be, for a
+    path that cannot be a file, and where onnx or onnxscript is not installed; RuntimeError where onnxruntime's outputs differ from the model's by more than
+    MAX_RELATIVE_ERROR of the largest.
     """
+    target = Path(path)
+    if target.is_dir() or not target.parent.is_dir():
+        raise ValueError(f"path must be a file in a folder that exists, got {path}")
     _require_packages()
     _require_exportable(model)
     traced, checked = random_inputs(model, *TRACED), random_inputs(model, *CHECKED)
@@ -261,7 +266,7 @@ def export_onnx(model: Any, path: str | os.PathLike) -> OnnxFile:
         expected = dict(twin(**checked))
     content = onnx_bytes(exportable_(twin), traced, list(expected))
     figures = (None, None) if importlib.util.find_spec("onnxruntime") is None else difference(run_onnx(content, checked), expected)
-    write_atomically(path, content)
+    write_atomically(target, content)
     drops_activation_bits = any(module.activation_bits is not None for module in model.modules() if isinstance(module, PreQuantLinear))
     return OnnxFile(len(content), tuple(traced), tuple(expected), drops_activation_bits, *figures)
 

@@ -9,7 +9,7 @@ from prequant_ext.serve.batcher import Batcher, Draining, QueueFull
 from prequant_ext.serve.metrics import Metrics
 from prequant_ext.serve.settings import Settings
 
-LONG = 60_000  # milliseconds that no test waits: only a full batch, a change or the end may cut it short
+LONG = 600_000  # milliseconds that no test waits: only a full batch, a change or the end may cut it short
 
 
 class Model:

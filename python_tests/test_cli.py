@@ -20,7 +20,7 @@ from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import plan
 from prequant_ext.report import Report
 
-COMMANDS = ("quantize", "inspect", "finetune", "eval", "merge", "doctor")
+COMMANDS = ("quantize", "inspect", "finetune", "eval", "merge", "export hf", "export onnx", "doctor")
 TRAIN = ("--data", "synthetic", "--epochs", "2", "--max-train", "128", "--max-length", "32", "--lr", "1e-2")
 
 
@@ -57,7 +57,7 @@ def tasks(base, tmp_path_factory):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command):
-    assert f"Example: prequant {command} " in " ".join(run(command, "--help").stdout.split())
+    assert f"Example: prequant {command} " in " ".join(run(*command.split(), "--help").stdout.split())
 
 
 def test_help_keeps_what_is_in_brackets():
@@ -303,6 +303,13 @@ def test_merge_without_a_task_is_the_base(base, tmp_path):
     float_base = AutoModel.from_pretrained(tmp_path / "merged")
     quantized = AutoModel.from_pretrained(base)
     assert torch.equal(float_base.encoder.layer[1].output.dense.weight, quantized.encoder.layer[1].output.dense.dequantize())
+
+
+def test_export_hf_is_merge(base, tmp_path):
+    run("merge", base, "-o", tmp_path / "merged")
+    run("export", "hf", base, "-o", tmp_path / "exported")
+    assert [path.name for path in sorted((tmp_path / "exported").iterdir())] == [path.name for path in sorted((tmp_path / "merged").iterdir())]
+    assert (tmp_path / "exported" / "model.safetensors").read_bytes() == (tmp_path / "merged" / "model.safetensors").read_bytes()
 
 
 def test_doctor_passes_its_exit_code_on(monkeypatch):

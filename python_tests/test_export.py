@@ -12,7 +12,7 @@ from toys import make_toy
 from transformers import AutoModel, BertConfig, BertForSequenceClassification, BertModel, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
-from prequant_ext import PreQuantConfig, PreQuantEmbedding, PreQuantLinear, cli, export, merge, ops, quantize_model, reference
+from prequant_ext import PreQuantConfig, PreQuantEmbedding, PreQuantLinear, cli, export, merge, ops, pipeline, quantize_model, reference
 from prequant_ext.export import block_size, difference, export_onnx, exportable_, onnx_bytes, random_inputs, run_onnx, weight_only_
 from prequant_ext.t5_encoder import T5EncoderForSequenceClassification
 from prequant_ext.task import save_task
@@ -45,10 +45,11 @@ LAYERS = {  # K, N, axis, has a bias, hidden size, settings
     "6 bits": (64, 7, "output", True, None, {"bits": 6}),
     "8 bits, odd K": (33, 7, "input", True, None, {"bits": 8, "strategy": "min_max"}),
 }
+TABLES = ("row", "tensor")  # granularities
 
 
 class Zoo(nn.Module):
-    """All of LAYERS on the first columns of one input."""
+    """All of LAYERS on the first columns of one input, and all of TABLES on the other."""
 
     def __init__(self):
         super().__init__()
@@ -58,9 +59,14 @@ class Zoo(nn.Module):
             linear = nn.Linear(K, N, bias=has_bias)
             linear.weight.data.add_(0.1)  # zero points off the middle of the codes
             self.layers[name] = PreQuantLinear.from_linear(linear, PreQuantConfig(**({"r": 2} | settings)), axis, hidden_size=hidden_size)
+        table = nn.Embedding(20, 9)
+        table.weight.data.add_(0.5)
+        configs = {granularity: PreQuantConfig(embedding_granularity=granularity) for granularity in TABLES}
+        self.tables = nn.ModuleDict({granularity: PreQuantEmbedding.from_embedding(table, config) for granularity, config in configs.items()})
 
-    def forward(self, x):
-        return {name: layer(x[..., : layer.weight.shape[1]]) for name, layer in self.layers.items()}
+    def forward(self, x, ids):
+        products = {name: layer(x[..., : layer.weight.shape[1]]) for name, layer in self.layers.items()}
+        return products | {name: table(ids) for name, table in self.tables.items()}
 
 
 class File:
@@ -84,13 +90,14 @@ def zoo():
 
 @pytest.fixture(scope="module")
 def zoo_content(zoo):
-    return onnx_bytes(exportable_(copy.deepcopy(zoo)), {"x": torch.randn(2, 8, 300)}, list(LAYERS))
+    return onnx_bytes(exportable_(copy.deepcopy(zoo)), {"x": torch.randn(2, 8, 300), "ids": torch.zeros(2, 8, dtype=torch.int64)}, [*LAYERS, *TABLES])
 
 
 @pytest.fixture(scope="module")
 def zoo_outputs(zoo_content):
-    x = torch.randn(3, 5, 300, generator=torch.Generator().manual_seed(1))  # a shape that was not traced
-    return x, dict(zip(LAYERS, run_onnx(zoo_content, {"x": x}), strict=True))
+    """(inputs of a shape that was not traced, outputs by name)."""
+    inputs = {"x": torch.randn(3, 5, 300, generator=torch.Generator().manual_seed(1)), "ids": torch.arange(15).view(3, 5)}
+    return inputs, dict(zip([*LAYERS, *TABLES], run_onnx(zoo_content, inputs), strict=True))
 
 
 def quantized_bert(model_class=BertForSequenceClassification, **settings):
@@ -179,11 +186,19 @@ def test_block_size(length, container, wanted):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_onnxruntime_computes_what_the_layer_does(name, zoo, zoo_outputs):
-    x, outputs = zoo_outputs
+    inputs, outputs = zoo_outputs
     layer = zoo.layers[name]
-    wanted = layer(x[..., : layer.in_features])
+    wanted = layer(inputs["x"][..., : layer.in_features])
     torch.testing.assert_close(outputs[name], wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
     assert not (layer.weight_zero_point == 2 ** (layer.bits - 1)).all()  # what a missing zero point would mean
+
+
+@pytest.mark.parametrize("granularity", TABLES)
+def test_a_lookup_is_the_same_to_the_last_bit(granularity, zoo, zoo_content, zoo_outputs):
+    inputs, outputs = zoo_outputs
+    table = zoo.tables[granularity]
+    assert torch.equal(outputs[granularity], table(inputs["ids"])) and (table.weight_zero_point > 0).any()
+    assert torch.equal(File(zoo_content).tensors[f"tables.{granularity}.weight_packed"], table.weight_packed)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -335,10 +350,26 @@ def test_without_onnxruntime_nothing_is_checked(without_tracing, monkeypatch, tm
     assert (tmp_path / "model.onnx").read_bytes() == b"graph"
 
 
-def test_a_bare_base_has_its_pooler_for_an_output(without_tracing, monkeypatch, tmp_path):
-    model = quantized_bert(BertModel)
-    monkeypatch.setattr(export, "run_onnx", lambda _, inputs: list(expected_outputs(model, inputs).values()))
-    assert export_onnx(model, tmp_path / "model.onnx").outputs == ("last_hidden_state", "pooler_output")
+def a_decoder():
+    model = make_toy("gpt2")
+    model.config.output_hidden_states = True
+    quantize_model(model, PreQuantConfig(r=1))
+    return model
+
+
+@pytest.mark.parametrize(("make", "outputs"), [(a_decoder, ("logits",)), (lambda: quantized_bert(BertModel), ("last_hidden_state", "pooler_output"))])
+def test_outputs_of_other_models(make, outputs, monkeypatch, tmp_path):
+    """No cache and no hidden states of the blocks, whatever the config asks for."""
+    monkeypatch.setattr(export, "onnx_bytes", lambda _, inputs, names: b"graph")
+    monkeypatch.setattr(export, "run_onnx", lambda content, inputs: [])
+    monkeypatch.setattr(export, "difference", lambda values, expected: (0.0, 0.0))
+    assert export_onnx(make(), tmp_path / "model.onnx").outputs == outputs
+
+
+def test_a_directory_of_another_dtype_is_loaded_in_float32(without_tracing, tmp_path):
+    copy.deepcopy(without_tracing).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    with pytest.raises(RuntimeError, match="graph's logits differs"):  # from the float32 model's: the weights outside the matrices are rounded
+        pipeline.export_onnx_directory(str(tmp_path / "base"), None, tmp_path / "model.onnx")
 
 
 def test_the_model_stays_as_it_is(without_tracing, tmp_path):
@@ -399,6 +430,12 @@ def test_models_that_cannot_be_exported(make, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         export_onnx(make(), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["", "absent/model.onnx"])
+def test_a_path_that_cannot_be_a_file(path, tmp_path):
+    with pytest.raises(ValueError, match=f"path must be a file in a folder that exists, got {tmp_path / path}"):
+        export_onnx(quantized_bert(), tmp_path / path)
 
 
 def test_a_model_that_reads_something_else(monkeypatch, tmp_path):

@@ -145,11 +145,11 @@ def _inside(folder: Path, content: bytes) -> Path:
     """The file of ``folder`` that a body of JSON names; wherever else a name, or a link behind it, may lead is refused."""
     try:
         body = json.loads(content)
-    except ValueError:  # UnicodeDecodeError, too
-        body = None
-    if not isinstance(body, dict) or body.keys() != {"file"} or not isinstance(body["file"], str) or "\0" in body["file"]:
-        raise HTTPException(422, 'the body must be JSON, {"file": "..."}, the name of a file in the folder of task files')
-    path = (folder / body["file"]).resolve()
+        if not isinstance(body, dict) or body.keys() != {"file"}:
+            raise TypeError
+        path = (folder / body["file"]).resolve()
+    except (ValueError, TypeError) as error:  # no JSON, or no name that a file could have
+        raise HTTPException(422, 'the body must be JSON, {"file": "..."}, the name of a file in the folder of task files') from error
     if not path.is_relative_to(folder):
         raise HTTPException(403, f"file must be inside the folder of task files, got {body['file']!r}")
     return path
@@ -159,7 +159,7 @@ async def _read(backbone: Backbone, path: Path, name: str, shown: str) -> tuple[
     """Backbone.read beside the event loop. ``shown``: what a client is told instead of a path of the server."""
     try:
         return await asyncio.to_thread(backbone.read, path, name)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise HTTPException(404 if isinstance(error, FileNotFoundError) else 422, str(error).replace(str(path), shown)) from error
 
 

@@ -14,7 +14,7 @@ from prequant_ext.glue.tasks import TASKS
 from prequant_ext.pipeline import model_config
 from prequant_ext.serve.settings import MIN_LENGTH, Settings
 from prequant_ext.t5_encoder import T5EncoderForSequenceClassification
-from prequant_ext.task import add_task, remove_task, set_task
+from prequant_ext.task import add_task, remove_task
 from prequant_ext.task_file import check_matches, check_task_name, fingerprint, read_task, task_tensors
 
 DEFAULT_LENGTH = 128  # tokens, where the task file does not say how long its examples were
@@ -121,7 +121,6 @@ class Backbone:
         add_task(self.model, task.name, overwrite=True)
         for key, parameter in task_tensors(self.model).items():
             parameter.copy_(tensors[key])
-        set_task(self.model, None)
         self.loaded += 1
         task = replace(task, version=self.loaded)
         self.tasks = {**self.tasks, task.name: task}

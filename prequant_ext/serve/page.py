@@ -39,8 +39,8 @@ button:disabled { opacity: .55; cursor: default; }
 .track { background: var(--line); border-radius: .2rem; height: .7rem; overflow: hidden; }
 .fill { background: var(--bar); height: 100%; opacity: .5; } .best .fill { opacity: 1; }
 [hidden] { display: none !important; }
-@media (max-width: 36rem) {
-.answer { grid-template-columns: 1fr; } .bar { grid-template-columns: 1fr auto; row-gap: .1rem; } .track { grid-column: 1 / -1; grid-row: 2; } }
+@media (max-width: 36rem) { .answer { grid-template-columns: 1fr; } .bar { grid-template-columns: 1fr auto; row-gap: .1rem; }
+  .track { grid-column: 1 / -1; grid-row: 2; } }
 </style>
 </head>
 <body>
