@@ -340,3 +340,13 @@ def test_tickets_are_the_dimensions_that_moved():
         METHODS["prequant_ticket"].prepare(tiny_model("bert"), Options(config=CONFIG))
     with pytest.raises(ValueError, match="the two models must have the same quantized matrices"):
         prequant_ticket.overlap(tickets, tiny_model("bert"))
+
+
+def test_bits_of_blocks_follow_what_they_lose_within_the_average():
+    model = tiny_model("bert")
+    with torch.no_grad():
+        for parameter in model.bert.encoder.layer[1].parameters():
+            parameter.mul_(10)  # errors grow with the weights
+    METHODS["prequant"].prepare(model, options_for("prequant", bits_per_weight=3.0))
+    widths = [{module.bits for module in block.modules() if isinstance(module, PreQuantLinear)} for block in model.bert.encoder.layer]
+    assert widths == [{2}, {4}]

@@ -48,8 +48,9 @@ def test_every_method_has_learning_rates():
 
 
 def test_thirds_of_the_blocks():
-    rules = [arm.quantization["layer_bits"] for arm in EXPERIMENTS["table5"](12).arms[1:]]
+    rules = [arm.quantization["layer_bits"] for arm in EXPERIMENTS["table5"](12).arms[1:5]]
     assert rules == [{"layers.0-3": 2}, {"layers.0-7": 2}, {"layers.8-11": 2}, {"layers.4-11": 2}]
+    assert [arm.options["bits_per_weight"] for arm in EXPERIMENTS["table5"](12).arms[5:]] == pytest.approx([10 / 3, 8 / 3])  # of the same size
     with pytest.raises(ValueError, match=r"table5 .* must have at least 3 blocks, got 2"):
         EXPERIMENTS["table5"](2)
 

@@ -18,6 +18,7 @@ class Options:
     group_size          ptq, qat: weights of a row that share a scale; it must divide each matrix's K
     calibration         batches that ptq, qat and quadapter set their ranges with
     activation_groups   ptq: ranges for the channels of a matrix, each for those whose own ranges are alike (Bondarenko et al., 2021); 1: a single one
+    bits_per_weight     PreQuant's own: the bits of blocks within this average, by what each loses (sensitivity.py), in the place of the config's
     rank                lora, qlora: of the update
     refinements         alphatuning: alternations of the binary coding after its greedy start
     calibration_steps   quadapter: of Adam, on each block
@@ -30,6 +31,7 @@ class Options:
     calibration: Sequence[Batch] = ()
     group_size: int = DEFAULT_GROUP_SIZE
     activation_groups: int = 1
+    bits_per_weight: float | None = None
     rank: int = 8
     refinements: int = 15
     calibration_steps: int = 50

@@ -7,6 +7,7 @@ from torch import nn
 from prequant_ext.baselines.options import Options
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.model import quantize_model, trainable_parameters
+from prequant_ext.sensitivity import propose_layer_bits, sensitivity
 
 
 def prepare(model: nn.Module, options: Options) -> None:
@@ -21,4 +22,7 @@ def trainables(model: nn.Module) -> dict[str, nn.Parameter]:
 def quantize(model: nn.Module, options: Options, **changes: object) -> None:
     """quantize_model by the options' config, with some settings of it changed."""
     config: PreQuantConfig = dataclasses.replace(options.config, **changes)  # type: ignore[arg-type]
+    if options.bits_per_weight is not None:
+        proposal = propose_layer_bits(sensitivity(model, config), bits_per_weight=options.bits_per_weight)
+        config = dataclasses.replace(config, layer_bits=proposal.layer_bits)
     quantize_model(model, config, tuned=options.tuned if config.selector == "ticket" else None)

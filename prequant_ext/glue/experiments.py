@@ -33,13 +33,18 @@ ERROR_MAP = "fig4"  # which trains nothing: error_map.py
 
 @dataclass(frozen=True)
 class Arm:
-    """One row: a method, and what of its settings differs from the defaults. seeds_selector: the run's seed also draws the dimensions."""
+    """One row: a method, and what of its settings differs from the defaults.
+
+    options         of the method, settings of baselines.Options by name
+    seeds_selector  the run's seed also draws the dimensions
+    """
 
     title: str
     method: str
     quantization: Mapping[str, Any] | None = None
     max_train: int | None = None
     seeds_selector: bool = False
+    options: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def table4(blocks: int) -> Experiment:
 
 
 def table5(blocks: int) -> Experiment:
-    """2 bits on a third or two of the blocks, counted from the embeddings up."""
+    """2 bits on a third or two of the blocks, counted from the embeddings up; and as many bits in all, given to blocks by what they lose."""
     if blocks < 3:
         raise ValueError(f"table5 gives thirds of the blocks 2 bits: the model must have at least 3 blocks, got {blocks}")
     third, two_thirds = blocks // 3, 2 * blocks // 3
@@ -106,6 +111,8 @@ def table5(blocks: int) -> Experiment:
         _prequant("2 bits on the bottom two thirds", layer_bits=rule(0, two_thirds - 1)),
         _prequant("2 bits on the top third", layer_bits=rule(blocks - third, blocks - 1)),
         _prequant("2 bits on the top two thirds", layer_bits=rule(blocks - two_thirds, blocks - 1)),
+        Arm("2 bits on a third, by sensitivity", "prequant", {}, options={"bits_per_weight": 4 - 2 * third / blocks}),
+        Arm("2 bits on two thirds, by sensitivity", "prequant", {}, options={"bits_per_weight": 4 - 2 * two_thirds / blocks}),
     )
     return Experiment("Mixed precision (Table 5)", arms)
 

@@ -46,7 +46,8 @@ class Plan:
         if arm.seeds_selector and quantization is not None:
             quantization["seed"] = seed
         limits = LIMITS.get(task, {})
-        return {
+        options = {"options": dict(arm.options)} if arm.options else {}
+        return options | {
             "task": task,
             "method": arm.method,
             "quantization": quantization,
@@ -198,7 +199,7 @@ def run(plan: Plan, out: Path, model: str, path: str, data_dir: str | None, thre
 
 
 def describe(wanted: Wanted) -> str:
-    changed = ", ".join(f"{name} {value}" for name, value in (wanted["quantization"] or {}).items())
+    changed = ", ".join(f"{name} {value}" for name, value in ((wanted["quantization"] or {}) | wanted.get("options", {})).items())
     rows = f", {wanted['max_train']:,} rows" if wanted["max_train"] else ""
     name = f"{wanted['method']} ({changed})" if changed else wanted["method"]
     return f"{wanted['task']} {name}, lr {wanted['lr']:g}, seed {wanted['seed']}, {wanted['epochs']} epochs{rows}"
