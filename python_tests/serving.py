@@ -42,6 +42,29 @@ def save_random_task(base: str, path: Path, name: str, num_labels: int, seed: in
     return path
 
 
+def save_tasks(base: str, folder: Path) -> dict[str, Path]:
+    """A task file in ``folder`` for each of TASKS."""
+    folder.mkdir()
+    return {name: save_random_task(base, folder / f"{name}.task", name, labels, seed) for seed, (name, labels) in enumerate(TASKS.items())}
+
+
+def save_spare_tasks(base: str, files: dict[str, Path], folder: Path) -> dict[str, Path]:
+    """Task files in ``folder``/tasks that no server starts with, by what is special about each."""
+    tasks = folder / "tasks"
+    other_base = save_base(folder / "other", bits=3)
+    damaged = tasks / "damaged.task"
+    damaged.write_bytes(files["sst2"].read_bytes()[:-100])
+    (tasks / "link.task").symlink_to(folder / "base" / "model.safetensors")
+    return {
+        "second": save_random_task(base, tasks / "second.task", "sst2", 2, 10, score=0.875),
+        "generated": save_random_task(base, tasks / "generated.task", "sst2", 2, 11, data="synthetic"),
+        "wide": save_random_task(base, tasks / "wide.task", "wide", 5, 12),
+        "wrong base": save_random_task(other_base, tasks / "foreign.task", "foreign", 2, 13),
+        "endless": save_random_task(base, tasks / "endless.task", "endless", 2, 14, max_length=65),
+        "damaged": damaged,
+    }
+
+
 @torch.no_grad()
 def direct_logits(base: str, path: Path, num_labels: int, *texts: str) -> torch.Tensor:
     """Of one text or pair, by the model with that task alone."""
@@ -53,6 +76,30 @@ def direct_logits(base: str, path: Path, num_labels: int, *texts: str) -> torch.
 def query(task: str, text: str = TEXT) -> dict:
     """For a task of TASKS: a pair where it compares two texts."""
     return {"task": task, "text": text} | ({"text_pair": OTHER} if task in ("mnli", "stsb") else {})
+
+
+def expected(base, path, name, text=TEXT):
+    """What the server must answer of its task file at ``path``: probabilities or a score, in order."""
+    texts = [value for key, value in query(name, text).items() if key != "task"]
+    logits = direct_logits(base, path, TASKS.get(name, 2), *texts)
+    return logits if len(logits) == 1 else logits.softmax(0)
+
+
+def values_of(answer):
+    return torch.tensor(list(answer["probabilities"].values()) if "probabilities" in answer else [answer["score"]])
+
+
+def counts(client):
+    """The samples of /metrics by name and labels."""
+    lines = client.get("/metrics").text.splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
+def until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager
