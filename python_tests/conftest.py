@@ -149,3 +149,9 @@ def quantized_dir(tmp_path: Path, float_dir: Path) -> Path:
     model = BertForSequenceClassification.from_pretrained(float_dir, quantization_config=PreQuantConfig(r=2))
     model.save_pretrained(tmp_path / "quantized")
     return tmp_path / "quantized"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fresh_compiler():
+    """torch counts the recompilations of a function for the whole process: what one file has compiled must not use up the limit of the next."""
+    torch.compiler.reset()
