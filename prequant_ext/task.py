@@ -23,9 +23,14 @@ class _Tasks:
 
     def __init__(self, model: nn.Module):
         live = task_tensors(model)
+        self.owners = {key: (model.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]) for key in live}
         self.slots: dict[str | None, dict[str, nn.Parameter]] = {None: _copies(live, live)}
         self.active: str | None = None
         self.row_tasks = RowTasks(model, list(live), self.parameters_of)
+
+    def live(self) -> dict[str, nn.Parameter]:
+        """task_tensors of the model, without a walk over it: most of a switch would be that walk."""
+        return {key: getattr(module, own) for key, (module, own) in self.owners.items()}
 
     def parameters_of(self, model: nn.Module, name: str | None) -> Mapping[str, nn.Parameter]:
         """The parameters that hold a task's values now. Raises ValueError for an unknown name."""
@@ -33,7 +38,7 @@ class _Tasks:
             raise ValueError(
                 f"no task {name!r} in the model: it has {', '.join(repr(own) for own in self.names()) or 'none'}; add_task or load_task brings one"
             )
-        return task_tensors(model) if name == self.active else self.slots[name]
+        return self.live() if name == self.active else self.slots[name]
 
     def names(self) -> list[str]:
         return [name for name in self.slots if name is not None]
@@ -44,7 +49,7 @@ class _Tasks:
         target = self.parameters_of(model, name)
         if name == self.active:
             return
-        live = task_tensors(model)
+        live = self.live()
         _copy(self.slots[self.active], live)
         _copy(live, target)
         self.active = name
