@@ -5,7 +5,7 @@
 
 All classify with a BERT of random weights in eval mode under no_grad; rows go to the tasks in turn. "One task" is the same batch with one task live: what a
 mixed call costs beyond it is the price of mixing. The error is that of the logits against the same method's tasks one after another. PEFT mixes through
-adapter_names; its heads do not follow the rows (its issue 1960), so its adapters share one here. Needs peft for them: pip install 'prequant_ext[peft]'.
+adapter_names; its adapters share one head here. Needs peft for them: pip install 'prequant_ext[peft]'.
 """
 
 import copy
