@@ -23,7 +23,8 @@ class _Tasks:
 
     def __init__(self, model: nn.Module):
         live = task_tensors(model)
-        self.owners = {key: (model.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]) for key in live}
+        names = {key: key.rpartition(".") for key in live}
+        self.owners = {key: (model.get_submodule(module), own) for key, (module, _, own) in names.items()}
         self.slots: dict[str | None, dict[str, nn.Parameter]] = {None: _copies(live, live)}
         self.active: str | None = None
         self.row_tasks = RowTasks(model, list(live), self.parameters_of)

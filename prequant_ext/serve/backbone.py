@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from prequant_ext.glue.batches import Collator
+from prequant_ext.glue.models import classifier_class
 from prequant_ext.glue.tasks import TASKS
 from prequant_ext.pipeline import model_config
 from prequant_ext.serve.settings import MIN_LENGTH, Settings
-from prequant_ext.t5_encoder import T5EncoderForSequenceClassification
 from prequant_ext.task import add_task, remove_task
 from prequant_ext.task_file import check_matches, check_task_name, fingerprint, read_task, task_tensors
 
@@ -67,9 +67,8 @@ class Backbone:
 
     def __init__(self, directory: str, num_labels: int, settings: Settings) -> None:
         config = model_config(directory)
-        model_class: Any = T5EncoderForSequenceClassification if config.model_type == "t5" else AutoModelForSequenceClassification
         # A head that the directory has is replaced by those of the tasks: its size does not matter.
-        self.model = model_class.from_pretrained(directory, num_labels=num_labels, dtype=torch.float32, ignore_mismatched_sizes=True).eval()
+        self.model = classifier_class(directory).from_pretrained(directory, num_labels=num_labels, dtype=torch.float32, ignore_mismatched_sizes=True).eval()
         self.base = fingerprint(self.model)
         self.shapes = {key: parameter.shape for key, parameter in task_tensors(self.model).items()}
         self.tokenizer = _tokenizer(directory)
