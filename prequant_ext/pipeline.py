@@ -1,6 +1,7 @@
 """The steps behind the command line: from a model's name to a directory, a report, a score."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from prequant_ext import checkpoint, hf
+from prequant_ext.baselines import METHODS
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.console import say
 from prequant_ext.export import OnnxFile, export_onnx
@@ -20,7 +22,7 @@ from prequant_ext.glue.inspection import Inspection, inspect_float, inspect_quan
 from prequant_ext.glue.model_page import model_page
 from prequant_ext.glue.models import classifier_class, resolve_model
 from prequant_ext.glue.page import RUNS_FILE, Study, page
-from prequant_ext.glue.runner import SEARCH_TASK, Plan, describe, identity, progress, read_lines, run, scores_of
+from prequant_ext.glue.runner import SEARCH_TASK, SEEDS, Plan, describe, identity, progress, read_lines, run, scores_of
 from prequant_ext.glue.tables import markdown
 from prequant_ext.glue.tasks import get_task, load_rows
 from prequant_ext.linear import PreQuantLinear
@@ -285,25 +287,47 @@ def perplexities(
 
 
 def plan_experiment(
-    name: str, model: str, task_names: str | None, seeds: str, search: str, data: str, data_dir: str | None, epochs: int, max_train: int | None
+    name: str,
+    model: str,
+    task_names: str | None,
+    seeds: str | None,
+    search: str,
+    data: str,
+    data_dir: str | None,
+    epochs: int,
+    max_train: int | None,
+    rates: str | None,
 ) -> tuple[Study, str]:
-    """The study, and the folder of ``model``.
+    """The study, and the folder of ``model``. Without names of tasks those of the experiment, without seeds SEEDS; of a quick one the first of each.
 
     Raises ValueError for wrong settings, and FileNotFoundError where a task's data is missing: now, and not after an hour.
     """
-    path = resolve_model(model)
+    given, path = _rates(rates), resolve_model(model)
     blocks = getattr(model_config(path), "num_hidden_layers", 0)
     experiment = EXPERIMENTS[name](blocks)
-    chosen = tuple(task_names.split(",")) if task_names else experiment.tasks
+    count = 1 if search == "quick" else None
+    chosen = tuple(task_names.split(",")) if task_names else experiment.tasks[:count]
     try:
-        numbers = sorted({int(seed) for seed in seeds.split(",")})
+        numbers = sorted({int(seed) for seed in seeds.split(",")}) if seeds else list(SEEDS[:count])
     except ValueError:
         raise ValueError(f"seeds must be integers separated by commas, got {seeds!r}") from None
     needed = {*chosen, *((SEARCH_TASK,) if search == "once" else ())}
     for task in sorted(needed):
         for split in ("train", "validation"):
             load_rows(get_task(task), split, data_dir, data)
-    return Study(name, model, blocks, Plan(experiment, chosen, numbers, search, data, epochs, max_train)), path
+    return Study(name, model, blocks, Plan(experiment, chosen, numbers, search, data, epochs, max_train, given)), path
+
+
+def _rates(text: str | None) -> dict[str, float]:
+    """Method -> learning rate of METHOD=RATE, separated by commas."""
+    pairs = [pair.partition("=")[::2] for pair in text.split(",")] if text else []
+    try:
+        rates = {method: float(rate) for method, rate in pairs}
+    except ValueError:
+        rates = {"": 0.0}
+    if not rates.keys() <= METHODS.keys() or not all(0 < rate < math.inf for rate in rates.values()):
+        raise ValueError(f"rates must be like ft=1e-4,prequant=5e-3, of the methods {', '.join(METHODS)}, got {text!r}")
+    return rates
 
 
 def list_experiment(study: Study, out: Path, jobs: int) -> None:

@@ -27,7 +27,8 @@ def plan(search="quick", **changes) -> Plan:
 
 def line(wanted, score=0.8, **changes):
     """As the worker would have written it."""
-    counted = {"trainable_parameters": 10, "model_bytes": 2e6, "n_train": 100, "n_validation": 50, "quantization_error": None, "seconds": 1.0}
+    counted = {"trainable_parameters": 10, "model_bytes": 2e6, "n_train": 100, "n_validation": 50, "quantization_error": None, "seconds": 1.0, "overlap": None}
+    counted |= {"labels": "1" * 50, "predictions": "1" * round(50 * score) + "0" * (50 - round(50 * score))}
     return {"wanted": wanted, "score": score, "model": "tiny", "epochs": wanted["epochs"], "batch_size": wanted["batch_size"]} | counted | changes
 
 
@@ -159,7 +160,35 @@ def test_a_table_has_means_spreads_and_an_average_of_complete_tasks():
     assert "| full | 81.00 ± 1.41 (2) | 81.00 ± 1.41 (2) | 81.00 | 10 | 2.0 MB |  |" in text
     assert "| ours | 81.00 ± 1.41 (2) |  | 81.00 | 10 | 2.0 MB | 31.0 |" in text
     assert "100 training rows" in text and "learning rates, fixed: ft 5e-05, prequant 0.005." in text
+    assert "overlap" not in text and "minus" not in text
     assert tables.mean_and_spread([0.5]) == "50.00"
+
+
+def test_a_table_compares_with_one_arm_on_the_same_rows():
+    arms = (Arm("ours", "prequant", {}), Arm("drawn", "prequant_random", {}), Arm("full", "ft"))
+    compared = plan(experiment=Experiment("", arms, against="ours"), rates={"prequant": 1e-3, "prequant_random": 1e-3}, seeds=(0, 1, 2))
+    runs = [run for run in compared.possible([]) if run["method"] != "ft" and run["task"] == "sst2"]
+    scores = {"prequant": 0.8, "prequant_random": 0.7}
+    lines = [line(run, scores[run["method"]], overlap=0.25 if run["method"] == "prequant_random" else None) for run in runs]
+    text = "\n".join(tables.markdown(compared, lines[:-1]))  # of one arm only two seeds: those are compared
+    assert "| method | sst2 (accuracy) | minus ours | mrpc (accuracy) | minus ours | average | trained | model | overlap |" in text
+    assert "| ours | 80.00 ± 0.00 (3) |  |  |  | 80.00 | 10 | 2.0 MB |  |" in text
+    (row,) = [row for row in text.splitlines() if row.startswith("| drawn")]
+    _, low, high = map(
+        float, re.fullmatch(r"\| drawn \| 70\.00 ± 0\.00 \(2\) \| (-10\.00) \[(\S+), (\S+)\] \|  \|  \| 70\.00 \| 10 \| 2\.0 MB \| 0\.25 \|", row).groups()
+    )
+    assert -20 <= low <= -16 and -4 <= high < 0  # 10 points and 1.96 times sqrt(0.1 * 0.9 / 50), in steps of one row
+    assert "- not run: full." in text and "- learning rates, given: prequant 0.001, prequant_random 0.001." in text and "| full |" not in text
+    assert tables.difference([], lines) == tables.difference(lines[:1], lines[1:2]) == ""  # no seed is shared
+    regression = [line(run | {"task": "stsb"}) for run in runs[:1]]
+    assert tables.difference(regression, regression) == ""
+
+
+def test_given_rates_are_not_searched():
+    given = plan("each", rates={"prequant": 0.25})
+    runs = list(given.possible([]))
+    assert {run["lr"] for run in runs if run["method"] == "prequant"} == {0.25} and {run["lr"] for run in runs if run["method"] == "ft"} == set(GRIDS["ft"])
+    assert len(given.every([])) == 2 * (3 + 1) + 2 * 2
 
 
 def recorded(folder, names):
@@ -244,7 +273,7 @@ def test_two_processes_train_one_run(tmp_path):
 @pytest.mark.slow
 def test_the_command_trains_and_prints_its_table(tmp_path, monkeypatch):
     float_model = save_float_model(tmp_path / "float")
-    arguments = ["experiment", "table3", "--quick", "--model", float_model, "--data", "synthetic", "--tasks", "sst2", "--seeds", "0", "--epochs", "1"]
+    arguments = ["experiment", "table3", "--quick", "--model", float_model, "--data", "synthetic", "--epochs", "1"]
     arguments += ["--max-train", "64", "-j", "2", "-o", str(tmp_path / "runs")]
     listed = CliRunner().invoke(cli.app, [*arguments, "--list"])
     assert listed.exit_code == 0, listed.output
@@ -264,6 +293,9 @@ def test_the_command_trains_and_prints_its_table(tmp_path, monkeypatch):
         (["--tasks", "sst3"], "task must be one of"),
         (["--seeds", "a"], "seeds must be integers separated by commas, got 'a'"),
         (["--data-dir", "nowhere"], "nowhere"),
+        (["--rates", "ft=fast"], "rates must be like ft=1e-4,prequant=5e-3"),
+        (["--rates", "sgd=0.1"], "got 'sgd=0.1'"),
+        (["--rates", "ft=-1"], "got 'ft=-1'"),
     ],
 )
 def test_wrong_experiments_are_refused_before_they_begin(changes, message, tmp_path):

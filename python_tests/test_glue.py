@@ -1,4 +1,4 @@
-"""GLUE's tasks, metrics, batches, the generated task, and the comparison table."""
+"""GLUE's tasks, metrics, batches, and the generated task."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from prequant_ext.glue import compare, metrics, synthetic
+from prequant_ext.glue import metrics, synthetic
 from prequant_ext.glue.batches import Collator, LengthGroupedSampler, by_length
 from prequant_ext.glue.tasks import DATA_DIR_VARIABLE, TASKS, find_file, get_task, load_rows, resolve_data_dir, subset
 
@@ -268,74 +268,3 @@ def test_collator_pads_to_the_longest_of_its_batch():
 
 def test_by_length_is_longest_first_and_stable():
     assert by_length([{"input_ids": [0] * n} for n in (2, 5, 2, 9)]) == [3, 1, 0, 2]
-
-
-# ---- the comparison -----------------------------------------------------------------------------------------------------
-
-
-def line(arm, lr, seed, score, predictions="1100", task="sst2", **changes):
-    fields = {
-        "task": task,
-        "arm": arm,
-        "lr": lr,
-        "seed": seed,
-        "score": score,
-        "predictions": predictions,
-        "labels": "1101",
-        "n_train": 4000,
-        "n_validation": 4,
-    }
-    costs = {"trainable_parameters": 10, "model_bytes": 2e6, "peak_memory_mb": 300.0, "seconds": 9.0, "epochs": 3, "batch_size": 32, "max_length": 64}
-    return fields | costs | {"environment": {"threads": 1}} | changes
-
-
-def grid(arm, scores, seed=0):
-    return [line(arm, rate, seed, score) for rate, score in zip(compare.GRID[arm], scores, strict=True)]
-
-
-def test_grids_have_the_same_size():
-    assert {len(rates) for rates in compare.GRID.values()} == {4}
-
-
-SECOND = compare.GRID["prequant"][1]  # the rate whose score is best in the tests below
-
-
-def test_other_seeds_wait_for_the_grid_and_run_at_its_best_rate():
-    lines = grid("prequant", [0.7, 0.9, 0.8, 0.8])[:2]
-    waiting = list(compare.ready(lines, ["sst2"], ["prequant"], [0, 1, 2]))
-    assert [run.seed for run in waiting] == [0, 0, 0, 0]
-    lines = grid("prequant", [0.7, 0.9, 0.9, 0.8])
-    assert [(run.lr, run.seed) for run in compare.ready(lines, ["sst2"], ["prequant"], [0, 1, 2])][4:] == [(SECOND, 1), (SECOND, 2)]
-
-
-def test_one_task_can_search_the_rates_of_all():
-    lines = grid("prequant", [0.7, 0.9, 0.9, 0.8])
-    runs = list(compare.ready(lines, ["sst2", "mrpc"], ["prequant"], [0, 1], search_task="sst2"))
-    assert [(run.task, run.lr, run.seed) for run in runs[4:]] == [("sst2", SECOND, 1), ("mrpc", SECOND, 0), ("mrpc", SECOND, 1)]
-    lines += [line("prequant", SECOND, seed, 0.75, task="mrpc") for seed in (0, 1)]
-    assert [found["seed"] for found in compare.chosen(lines, "mrpc", "prequant")] == [0, 1]
-    assert "learning rates tried on sst2 with seed 0" in "\n".join(compare.table_lines(lines)).rpartition("mrpc:")[2]
-
-
-def test_a_line_cut_off_by_a_kill_does_not_count(tmp_path):
-    path = tmp_path / "runs.jsonl"
-    path.write_text(json.dumps(line("ft", 5e-5, 0, 0.8)) + "\n" + '{"task": "sst2", "sc')
-    assert [found["score"] for found in compare.read_lines(path)] == [0.8]
-
-
-def test_table_shows_the_best_rate_of_each_method_and_the_bootstrap():
-    lines = [*grid("ft", [0.70, 0.80, 0.75, 0.7]), *grid("prequant", [0.6, 0.78, 0.7, 0.6]), *grid("random", [0.6, 0.5, 0.4, 0.3])]
-    lines += [line("prequant", SECOND, 1, 0.80), line("ft", 5e-5, 1, 0.80), line("random", compare.GRID["random"][0], 1, 0.58, predictions="0000")]
-    text = "\n".join(compare.table_lines(lines))
-    assert "| sst2 (accuracy) | full fine-tuning | 5e-05 | 80.00 (80.00, 80.00) | 100.0 % |" in text
-    assert f"| PreQuant, outlier dimensions | {SECOND:g} | 79.00 (78.00, 80.00) | 98.8 % | 10 |" in text
-    assert f"| PreQuant, random dimensions | {compare.GRID['random'][0]:g} | 59.00 (60.00, 58.00) |" in text
-    # examples right: outlier 1101-1100 = TTTF twice; random TTTF, then FFTF: seed 1 differs on two of four examples
-    assert "outlier minus random dimensions: +25.00 points, 95 % interval" in text
-    assert "4,000 training rows" in text and "seeds 0, 1" in text
-
-
-def test_random_dimensions_are_drawn_from_the_runs_seed():
-    settings = compare.Run("sst2", "random", 5e-3, 2).settings("minilm", None, "glue")
-    assert settings["quantization"] == {"selector": "random", "seed": 2}
-    assert (settings["method"], settings["max_train"], settings["max_length"]) == ("prequant", 4000, 64)

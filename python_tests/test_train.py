@@ -167,6 +167,7 @@ def test_every_other_method_runs(float_model, name):
     assert (line["method"], line["task"], len(line["epoch_scores"]), line["n_train"]) == (name, "sst2", 1, 64)
     predictions, labels = (metrics.unpack(line[key], is_regression=False) for key in ("predictions", "labels"))
     assert (predictions == labels).mean() == line["score"]
+    assert 0 <= line["overlap"] < 1 if name in ("prequant_random", "prequant_ticket") else line["overlap"] is None
     if ALL_METHODS[name].is_trained:
         assert line["trainable_parameters"] == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     else:  # what it cost is what the fine-tuning before it did

@@ -12,19 +12,21 @@ from prequant_ext.console import FAILED, exit_codes, quiet_libraries, say
 from prequant_ext.glue.experiments import ERROR_MAP, EXPERIMENTS
 from prequant_ext.glue.runner import SEARCHES
 
+SEARCH_HELP = "of learning rates: for each row and task; once a method; or quick, none, and only the first task and seed 0 unless others are named"
 Named = Enum("Named", {name: name for name in (*EXPERIMENTS, ERROR_MAP)}, type=str)  # type: ignore[misc]
 Search = Enum("Search", {name: name for name in SEARCHES}, type=str)  # type: ignore[misc]
 
 
-@app.command(epilog="Example: prequant experiment table3 --quick --tasks sst2 --seeds 0 -j 2 -o runs")
+@app.command(epilog="Example: prequant experiment table3 --quick -j 2 -o runs")
 def experiment(
     name: Annotated[Named, typer.Argument(help="a table or figure of the paper")],
     out: Annotated[Path, typer.Option("-o", "--out", help="folder of runs.jsonl, which all experiments share, and NAME.md, the table")],
     model: Annotated[str, typer.Option(help="float model: a directory, a name on the hub, or minilm")] = "minilm",
     tasks: Annotated[str | None, typer.Option(help="of GLUE, separated by commas (default: those of the experiment)")] = None,
-    seeds: Annotated[str, typer.Option(help="separated by commas; the lowest one searches learning rates")] = "0,1,2",
-    search: Annotated[Search, typer.Option(help="of learning rates: for each row and task, once a method, or quick, none")] = Search.each,  # type: ignore[attr-defined]
-    quick: Annotated[bool, typer.Option("--quick", help="the same as --search quick: one learning rate a method")] = False,
+    seeds: Annotated[str | None, typer.Option(help="separated by commas; the lowest one searches learning rates (default: 0,1,2)")] = None,
+    search: Annotated[Search, typer.Option(help=SEARCH_HELP)] = Search.each,  # type: ignore[attr-defined]
+    quick: Annotated[bool, typer.Option("--quick", help="the same as --search quick: a look at an experiment in minutes")] = False,
+    rates: Annotated[str | None, typer.Option(help="learning rates that are not searched, such as ft=1e-4,prequant=5e-3")] = None,
     epochs: int = 3,
     max_train: Annotated[int | None, typer.Option(help="training rows of every task (default: 4000 of sst2 and qnli, all of the others)")] = None,
     data_dir: DataDir = None,
@@ -42,11 +44,11 @@ def experiment(
         quiet_libraries()
         from prequant_ext import pipeline
 
-        rates = "quick" if quick else search.value
+        how = "quick" if quick else search.value
         if name.value == ERROR_MAP:
             pipeline.measure_errors(model, out)
             return say(f"wrote {out / 'fig4.json'}; prequant report draws it")
-        study, path = pipeline.plan_experiment(name.value, model, tasks, seeds, rates, data.value, data_dir, epochs, max_train)
+        study, path = pipeline.plan_experiment(name.value, model, tasks, seeds, how, data.value, data_dir, epochs, max_train, rates)
         if only_list:
             return pipeline.list_experiment(study, out, jobs)
         failed = pipeline.run_experiment(study, path, out, data_dir, threads, jobs, processes)

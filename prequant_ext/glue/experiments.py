@@ -49,9 +49,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
+    """against: the title of the arm that the others' scores are compared with; None: of none."""
+
     title: str
     arms: tuple[Arm, ...]
     tasks: tuple[str, ...] = ("sst2", "mrpc")
+    against: str | None = None
 
 
 def _prequant(title: str, **changes: Any) -> Arm:
@@ -68,7 +71,7 @@ def table1(blocks: int) -> Experiment:
     paper = PreQuantConfig.paper()
     printed = {name: getattr(paper, name) for name in ("activation_granularity", "embedding_granularity", "init")}
     arms = (FT, Arm("PTQ, 4 bit", "ptq", {}), Arm("QAT, 4 bit", "qat", {}), PREQUANT, _prequant("PreQuant, the paper's settings", **printed))
-    return Experiment("Methods on GLUE tasks (Table 1)", arms, ("sst2", "mrpc", "qnli"))
+    return Experiment("Methods on GLUE tasks (Table 1)", arms, ("sst2", "mrpc", "qnli"), against=FT.title)
 
 
 def table2(blocks: int) -> Experiment:
@@ -82,18 +85,18 @@ def table2(blocks: int) -> Experiment:
         Arm("BitFit, float", "bitfit"),
         Arm("LoRA, float, r = 8", "lora"),
     )
-    return Experiment("Parameter-efficient methods (Table 2)", arms)
+    return Experiment("Parameter-efficient methods (Table 2)", arms, against=PREQUANT.title)
 
 
 def table3(blocks: int) -> Experiment:
     strategies = ("min_max", "outlier_aware", "mse", "row_wise")
     arms = tuple(_prequant(name, strategy=name) for name in strategies)
-    return Experiment("Quantization strategies: error and score (Table 3)", arms)
+    return Experiment("Quantization strategies: error and score (Table 3)", arms, against=PreQuantConfig.strategy)
 
 
 def table4(blocks: int) -> Experiment:
     arms = tuple(_prequant(f"r = {r}", r=r) for r in TABLE4_R)
-    return Experiment("Outlier dimensions of a matrix (Table 4)", (*arms, FT))
+    return Experiment("Outlier dimensions of a matrix (Table 4)", (*arms, FT), against=f"r = {PreQuantConfig.r}")
 
 
 def table5(blocks: int) -> Experiment:
@@ -114,7 +117,7 @@ def table5(blocks: int) -> Experiment:
         Arm("2 bits on a third, by sensitivity", "prequant", {}, options={"bits_per_weight": 4 - 2 * third / blocks}),
         Arm("2 bits on two thirds, by sensitivity", "prequant", {}, options={"bits_per_weight": 4 - 2 * two_thirds / blocks}),
     )
-    return Experiment("Mixed precision (Table 5)", arms)
+    return Experiment("Mixed precision (Table 5)", arms, against=arms[0].title)
 
 
 def table6(blocks: int) -> Experiment:
@@ -123,8 +126,8 @@ def table6(blocks: int) -> Experiment:
 
 
 def fig3(blocks: int) -> Experiment:
-    arms = (PREQUANT, RANDOM, Arm("PreQuant, ticket dimensions", "prequant_ticket", {}), _prequant("PreQuant, dimensions of largest error", selector="error"))
-    return Experiment("How dimensions are selected (Figure 3)", arms)
+    tickets, errors = Arm("PreQuant, ticket dimensions", "prequant_ticket", {}), _prequant("PreQuant, dimensions of largest error", selector="error")
+    return Experiment("How dimensions are selected (Figure 3)", (PREQUANT, RANDOM, tickets, errors, FT), against=PREQUANT.title)
 
 
 def settings(blocks: int) -> Experiment:
@@ -138,7 +141,7 @@ def settings(blocks: int) -> Experiment:
         _prequant("outlier activations left out of the range", raw_outlier_activations=True),
         _prequant("range of least error", strategy="mse"),
     )
-    return Experiment("Settings beyond the paper", arms)
+    return Experiment("Settings beyond the paper", arms, against=PREQUANT.title)
 
 
 def fig5(blocks: int) -> Experiment:

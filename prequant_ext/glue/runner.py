@@ -4,6 +4,8 @@ Learning rates
     quick    one of each method (train.LEARNING_RATES)
     once     each method's best of its grid on one task, by the lowest seed and after SEARCH_EPOCHS, then used for all of its arms
     each     the best of the grid for each arm and task, by the lowest seed, with all epochs (the paper's way)
+
+A rate that is given is searched by none of them.
 """
 
 import json
@@ -12,9 +14,9 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ SEARCHES = ("quick", "once", "each")
 SEARCH_TASK, SEARCH_EPOCHS = "sst2", 1
 LIMITS: dict[str, dict[str, int]] = {"sst2": {"max_train": 4000, "max_length": 64}, "qnli": {"max_train": 4000}}  # of single tasks
 EPOCHS, BATCH, MAX_LENGTH = 3, 32, 128
+SEEDS = (0, 1, 2)
 
 Line = dict[str, Any]
 Wanted = dict[str, Any]  # keyword arguments of train.Settings but for the model's folder and the data's
@@ -31,7 +34,7 @@ Wanted = dict[str, Any]  # keyword arguments of train.Settings but for the model
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment on a model: ``seeds`` ascending, the first of which searches learning rates."""
+    """An experiment on a model: ``seeds`` ascending, the first of which searches learning rates; ``rates`` are those given, by method."""
 
     experiment: Experiment
     tasks: Sequence[str]
@@ -40,6 +43,7 @@ class Plan:
     data: str = "glue"
     epochs: int = EPOCHS
     max_train: int | None = None  # of every task that the experiment leaves whole; None: LIMITS
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     def settings(self, arm: Arm, task: str, lr: float, seed: int, epochs: int | None = None) -> Wanted:
         quantization = None if arm.quantization is None else dict(arm.quantization)
@@ -72,6 +76,8 @@ class Plan:
 
     def rate(self, arm: Arm, task: str, scores: dict[str, float]) -> float | None:
         """The learning rate of an arm on a task; None while its search has not ended."""
+        if arm.method in self.rates:
+            return self.rates[arm.method]
         if self.search == "quick":
             from prequant_ext.glue.train import LEARNING_RATES
 
@@ -94,6 +100,8 @@ class Plan:
         return [(arm, task) for task in self.tasks for arm in self.experiment.arms]
 
     def _searching(self, arm: Arm, task: str) -> Iterator[Wanted]:
+        if arm.method in self.rates:
+            return
         if self.search == "each":
             yield from (self.settings(arm, task, lr, self.seeds[0]) for lr in GRIDS[arm.method])
         elif self.search == "once":

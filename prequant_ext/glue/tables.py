@@ -1,11 +1,23 @@
 """Tables of an experiment, from its lines alone."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+
+from prequant_ext.glue import metrics
 from prequant_ext.glue.experiments import Arm
-from prequant_ext.glue.runner import Line, Plan, identity, scores_of
+from prequant_ext.glue.runner import SEARCH_TASK, Line, Plan, identity, scores_of
 from prequant_ext.glue.tasks import get_task
+
+# Columns of tables that have them: title, field of a line, format.
+EXTRAS = (("L2 error", "quantization_error", ".1f"), ("overlap", "overlap", ".2f"))
+
+HOW_SEARCHED = {
+    "quick": "fixed",
+    "once": f"the best of a grid on {SEARCH_TASK} after one epoch, one for each method",
+    "each": "the best of a grid for each row and task",
+}
 
 
 def lines_of(plan: Plan, arm: Arm, task: str, lines: Sequence[Line]) -> list[Line]:
@@ -24,45 +36,82 @@ def mean_and_spread(scores: Sequence[float]) -> str:
     return f"{statistics.mean(points):.2f}" + (f" ± {statistics.stdev(points):.2f} ({len(points)})" if len(points) > 1 else "")
 
 
+def difference(found: Sequence[Line], others: Sequence[Line]) -> str:
+    """Accuracy of ``found`` minus that of ``others`` in points, with its 95 % interval by paired bootstrap; of the seeds that both have, "" without any."""
+    seeds = [{line["wanted"]["seed"]: line["predictions"] for line in lines} for lines in (found, others)]
+    shared = sorted(seeds[0].keys() & seeds[1].keys())
+    if not shared or get_task(found[0]["wanted"]["task"]).is_regression:
+        return ""
+    labels = metrics.unpack(found[0]["labels"], is_regression=False)
+    right = [np.stack([metrics.unpack(own[seed], is_regression=False) == labels for seed in shared]) for own in seeds]
+    mean, low, high = (100 * value for value in metrics.paired_bootstrap(right[0], right[1]))
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
 def markdown(plan: Plan, lines: Sequence[Line]) -> Iterator[str]:
-    """A row an arm, a column a task; scores are means ± standard deviations (seeds). The average is over the tasks that ran for every arm."""
-    arms, tasks = plan.experiment.arms, plan.tasks
-    cells = {(i, task): lines_of(plan, arm, task, lines) for i, arm in enumerate(arms) for task in tasks}
-    complete = [task for task in tasks if all(cells[i, task] for i in range(len(arms)))]
-    has_error = any(line.get("quantization_error") is not None for found in cells.values() for line in found)
-    titles = ["method", *(f"{task} ({get_task(task).metrics[0]})" for task in tasks), "average", "trained", "model", *(["L2 error"] if has_error else [])]
+    """A row an arm of which something ran; columns of a task: scores, means ± standard deviations (seeds), and differences from the arm that the others are
+    compared with, if the experiment has one. The average is over the tasks that ran for every row.
+    """
+    tasks = plan.tasks
+    rows = {arm.title: {task: lines_of(plan, arm, task, lines) for task in tasks} for arm in plan.experiment.arms}
+    missing = [title for title, cells in rows.items() if not any(cells.values())]
+    rows = {title: cells for title, cells in rows.items() if title not in missing}
+    shown = [line for cells in rows.values() for found in cells.values() for line in found]
+    extras = [extra for extra in EXTRAS if any(line.get(extra[1]) is not None for line in shown)]
+    reference = rows.get(plan.experiment.against or "")
+    complete = [task for task in tasks if all(cells[task] for cells in rows.values())]
+    titles = ["method"]
+    for task in tasks:
+        titles.append(f"{task} ({get_task(task).metrics[0]})")
+        titles += [f"minus {plan.experiment.against}"] if reference else []
+    titles += [*(["average"] if len(tasks) > 1 else []), "trained", "model", *(title for title, *_ in extras)]
     yield f"**{plan.experiment.title}**"
     yield ""
     yield f"| {' | '.join(titles)} |"
     yield f"|{'---|' * len(titles)}"
-    for i, arm in enumerate(arms):
-        found = [line for task in tasks for line in cells[i, task]]
-        row = [arm.title, *(mean_and_spread([line["score"] for line in cells[i, task]]) if cells[i, task] else "" for task in tasks)]
-        means = [statistics.mean(line["score"] for line in cells[i, task]) for task in complete]
-        row.append(f"{100 * statistics.mean(means):.2f}" if means else "")
-        row += [f"{found[0]['trainable_parameters']:,}", f"{found[0]['model_bytes'] / 1e6:.1f} MB"] if found else ["", ""]
-        if has_error:
-            error = found[0].get("quantization_error") if found else None
-            row.append("" if error is None else f"{error:.1f}")
+    for title, cells in rows.items():
+        row = [title]
+        for task, found in cells.items():
+            row.append(mean_and_spread([line["score"] for line in found]) if found else "")
+            if reference:
+                row.append("" if cells is reference else difference(found, reference[task]))
+        if len(tasks) > 1:
+            row.append(f"{100 * statistics.mean(statistics.mean(line['score'] for line in cells[task]) for task in complete):.2f}" if complete else "")
+        own = [line for found in cells.values() for line in found]
+        row += [f"{own[0]['trainable_parameters']:,}", f"{own[0]['model_bytes'] / 1e6:.1f} MB"]
+        for _, name, form in extras:
+            values = [line[name] for line in own if line.get(name) is not None]
+            row.append(f"{statistics.mean(values):{form}}" if values else "")
         yield f"| {' | '.join(row)} |"
     yield ""
-    yield from (f"- {note}" for note in notes(plan, lines, cells))
+    yield from (f"- {note}" for note in notes(plan, lines, shown))
+    if missing:
+        yield f"- not run: {'; '.join(missing)}."
 
 
-def notes(plan: Plan, lines: Sequence[Line], cells: dict[tuple[int, str], list[Line]]) -> Iterator[str]:
+def notes(plan: Plan, lines: Sequence[Line], shown: Sequence[Line]) -> Iterator[str]:
+    """What a reader must know of ``shown``, the lines in the table; ``lines`` has the searches, too."""
     for task in plan.tasks:
-        own = [line for (_, name), found in cells.items() if name == task for line in found]
+        own = [line for line in shown if line["wanted"]["task"] == task]
         if not own:
             continue
-        first = own[0]
         sizes, seeds = sorted({line["n_train"] for line in own}), sorted({line["wanted"]["seed"] for line in own})
         yield (
-            f"{task}: {' or '.join(f'{size:,}' for size in sizes)} training rows, {first['n_validation']:,} validation rows, {first['epochs']} epochs, batch "
-            f"{first['batch_size']}, best epoch of each run, seeds {', '.join(map(str, seeds))}."
+            f"{task}: {' or '.join(f'{size:,}' for size in sizes)} training rows, {own[0]['n_validation']:,} validation rows, {own[0]['epochs']} epochs, batch "
+            f"{own[0]['batch_size']}, best epoch of each run, seeds {', '.join(map(str, seeds))}."
         )
-    scores = scores_of(lines)
-    rates = {arm.method: plan.rate(arm, plan.tasks[0], scores) for arm in plan.experiment.arms}
-    how = {"quick": "fixed", "once": "the best of a grid on sst2 after one epoch, one for each method", "each": "the best of a grid for each row and task"}
-    yield f"learning rates, {how[plan.search]}" + (
-        "." if plan.search == "each" else ": " + ", ".join(f"{name} {rate:g}" for name, rate in rates.items() if rate) + "."
-    )
+    if plan.experiment.against is not None:
+        yield "differences are of accuracy, in points, with a 95 % interval: paired bootstrap over the validation rows, the seeds that both rows have pooled."
+    searched = {
+        arm.method: arm for arm in plan.experiment.arms if arm.method not in plan.rates and any(line["wanted"]["method"] == arm.method for line in shown)
+    }
+    if searched:
+        how = HOW_SEARCHED[plan.search]
+        rates = {name: plan.rate(arm, plan.tasks[0], scores_of(lines)) for name, arm in searched.items()}
+        yield f"learning rates, {how}{'' if plan.search == 'each' else _listed(rates)}."
+    if plan.rates:
+        yield f"learning rates, given{_listed(plan.rates)}."
+
+
+def _listed(rates: Mapping[str, float | None]) -> str:
+    return ": " + ", ".join(f"{name} {rate:g}" for name, rate in rates.items() if rate)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from prequant_ext.baselines import METHODS, Options
-from prequant_ext.baselines.prequant_ticket import L1Distance
+from prequant_ext.baselines.prequant_ticket import L1Distance, overlap
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.glue import measure, metrics
 from prequant_ext.glue.batches import Collator, Example, by_length, encode
@@ -27,6 +28,7 @@ from prequant_ext.glue.models import load_model, make_ready
 from prequant_ext.glue.tasks import Task, get_task, load_rows
 from prequant_ext.glue.trainer import BEST_FILE, DONE_MARKER, GlueTrainer, Progress, Recorder, last_checkpoint, load_trained, trained_tensors
 from prequant_ext.linear import PreQuantLinear
+from prequant_ext.model import quantize_model
 
 # Of a small model; larger ones want less (the paper: 1e-4 to 9e-4 for PreQuant, 1e-5 to 4e-5 for full fine-tuning).
 LEARNING_RATES = dict.fromkeys(METHODS, 5e-3) | {
@@ -130,6 +132,7 @@ class RunResult:
     data: str
     quantization: dict[str, Any] | None
     quantization_error: float | None  # sqrt(sum (w' - w)^2) over the matrices that were quantized in this run
+    overlap: float | None  # Jaccard, of the dimensions with those that have most outliers, mean over matrices; None where those were chosen
     environment: dict[str, Any]
     predictions: str  # of the best epoch, one for each validation example in file order; see metrics.pack
     labels: str
@@ -236,6 +239,7 @@ def fine_tune(settings: Settings, work_dir: str | os.PathLike | None = None, sta
         data=settings.data,
         quantization=settings.quantization,
         quantization_error=_quantization_error(model),
+        overlap=_overlap(model, settings),
         environment=measure.environment(),
         predictions=metrics.pack(recorder.best_predictions, task.is_regression),
         labels=metrics.pack(labels, task.is_regression),
@@ -288,6 +292,15 @@ def _untrained(model: PreTrainedModel, tokenizer: Any, settings: Settings, first
 def _quantization_error(model: torch.nn.Module) -> float | None:
     errors = [module.squared_error for module in model.modules() if isinstance(module, PreQuantLinear)]
     return math.sqrt(sum(error for error in errors if error is not None)) if errors and None not in errors else None
+
+
+def _overlap(model: PreTrainedModel, settings: Settings) -> float | None:
+    config = PreQuantConfig.from_dict(settings.quantization or {})
+    if config.selector == "outlier" and settings.method not in ("prequant_random", "prequant_ticket"):
+        return None
+    by_outliers, _ = load_model(settings.model, get_task(settings.task), settings.seed)
+    quantize_model(by_outliers, dataclasses.replace(config, selector="outlier"))
+    return statistics.fmean(overlap(model, by_outliers).values())
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:

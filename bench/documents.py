@@ -1,0 +1,55 @@
+"""Writes the tables of bench/results into the documents that show them:    python bench/documents.py
+
+A document marks a table's place with a line ``<!-- FOLDER/EXPERIMENT -->`` and the end of it with ``<!-- end -->``; what stands between is made from
+bench/results/FOLDER/runs.jsonl. EXPERIMENT.md in that folder is written, too.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from prequant_ext.glue.page import RUNS_FILE, read_studies
+from prequant_ext.glue.runner import read_lines
+from prequant_ext.glue.tables import markdown
+from prequant_ext.task_file import write_atomically
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PLACE = re.compile(r"(<!-- ([\w.-]+/\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """Experiment -> markdown, of a folder that prequant experiment wrote."""
+    lines = read_lines(folder / RUNS_FILE)
+    studies = read_studies(folder)
+    return {study.name: "\n".join(markdown(study.plan, [line for line in lines if line["model"] == study.model])) + "\n" for study in studies}
+
+
+def all_tables(results: Path = RESULTS) -> dict[str, str]:
+    """FOLDER/EXPERIMENT -> markdown."""
+    folders = sorted(path.parent for path in results.glob(f"*/{RUNS_FILE}"))
+    return {f"{folder.name}/{name}": text for folder in folders for name, text in tables(folder).items()}
+
+
+def filled(document: str, made: dict[str, str]) -> str:
+    """``document`` with its tables as they are in ``made``, but for their titles: a document has its own. Raises ValueError where ``made`` lacks one."""
+    unknown = [place for _, place, _ in PLACE.findall(document) if place not in made]
+    if unknown:
+        raise ValueError(f"a document has a place for {', '.join(unknown)}, but bench/results has only {', '.join(made)}")
+    return PLACE.sub(lambda found: f"{found[1]}{made[found[2]].split(chr(10), 2)[2]}{found[3]}", document)
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        sys.exit(f"{__doc__}\nIt takes no arguments, got {' '.join(sys.argv[1:])}")
+    made = all_tables()
+    for place, text in made.items():
+        write_atomically(RESULTS / f"{place}.md", text.encode())
+    for path in DOCUMENTS:
+        write_atomically(path, filled(path.read_text(), made).encode())
+    print(f"wrote {len(made)} tables, {' and '.join(str(path.relative_to(ROOT)) for path in DOCUMENTS)}")
+
+
+if __name__ == "__main__":
+    main()

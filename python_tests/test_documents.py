@@ -1,0 +1,38 @@
+"""The tables that the documents show are those that the committed runs make."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+
+import documents
+
+
+def test_every_committed_table_is_what_its_runs_make():
+    made = documents.all_tables()
+    assert {"minilm/table1", "minilm_6_epochs/fig3"} <= made.keys()
+    for place, text in made.items():
+        assert (documents.RESULTS / f"{place}.md").read_text() == text, f"{place}.md is not what its runs make: python bench/documents.py"
+
+
+@pytest.mark.parametrize("path", documents.DOCUMENTS, ids=lambda path: path.name)
+def test_documents_show_the_committed_tables(path):
+    text = path.read_text()
+    places = [place for _, place, _ in documents.PLACE.findall(text)]
+    assert places and documents.filled(text, documents.all_tables()) == text, f"{path.name} shows other tables: python bench/documents.py"
+
+
+def test_every_table_has_a_place():
+    text = "".join(path.read_text() for path in documents.DOCUMENTS)
+    assert {place for _, place, _ in documents.PLACE.findall(text)} == documents.all_tables().keys()
+
+
+def test_a_place_is_filled_and_what_stands_around_it_stays():
+    made = {"a/table1": "**title**\n\n| new |\n"}
+    document = "before\n<!-- a/table1 -->\n| old |\n<!-- end -->\nafter <!-- a/b --> <!-- end -->\n"
+    assert documents.filled(document, made) == "before\n<!-- a/table1 -->\n| new |\n<!-- end -->\nafter <!-- a/b --> <!-- end -->\n"
+    assert documents.filled(documents.filled(document, made), made) == documents.filled(document, made)
+    with pytest.raises(ValueError, match="a place for b/table1, but bench/results has only a/table1"):
+        documents.filled("<!-- b/table1 -->\n<!-- end -->\n", made)
