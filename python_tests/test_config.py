@@ -41,6 +41,12 @@ def test_paper_takes_changes():
     assert (config.r, config.init, config.activation_granularity) == (10, "original", "tensor")
 
 
+def test_best_quantizes_by_groups_and_trains_as_many_weights():
+    default, best = PreQuantConfig().to_dict(), PreQuantConfig.best().to_dict()
+    assert {name: value for name, value in best.items() if value != default[name]} == {"strategy": "group_wise", "selector": "error"}
+    assert PreQuantConfig.best(group_size=16, r=3) == PreQuantConfig(strategy="group_wise", selector="error", group_size=16, r=3)
+
+
 def test_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         PreQuantConfig().bits = 8
@@ -108,6 +114,7 @@ def test_train_scales_needs_r_0_and_a_scale_per_tensor():
 CONFIGS = {
     "defaults": PreQuantConfig(),
     "paper": PreQuantConfig.paper(),
+    "best": PreQuantConfig.best(),
     "density": PreQuantConfig(outlier_threshold=("density", 0.01), modules_to_not_convert=["pooler"]),
     "bits as a list": PreQuantConfig(layer_bits=[2, 4, 8]),
     "bits as rules": PreQuantConfig(layer_bits={"encoder.0-7": 2, "encoder.3": 4}),

@@ -125,6 +125,19 @@ def test_a_rate_searched_once_serves_every_arm_of_its_method():
     assert {run["quantization"]["seed"] for run in fixed if run["method"] == "prequant_random"} == {0, 1}
 
 
+def test_an_arm_with_a_grid_of_its_own_searches_it():
+    arms = (Arm("ours", "prequant", {}), Arm("wide", "prequant", {"r": 20}, grid=(0.1, 0.2)))
+    searching = plan("once", experiment=Experiment("", arms), tasks=("sst2",), seeds=(0,))
+    first = list(searching.possible([]))
+    assert [(run["quantization"], run["lr"], run["epochs"]) for run in first[3:]] == [({"r": 20}, 0.1, 1), ({"r": 20}, 0.2, 1)] and len(first) == 5
+    lines = [line(run, run["lr"]) for run in first]
+    assert [(run["quantization"], run["lr"]) for run in searching.possible(lines) if run["epochs"] == 3] == [({}, 1e-2), ({"r": 20}, 0.2)]
+    assert [run["lr"] for run in plan("each", experiment=Experiment("", arms), tasks=("sst2",)).possible([])][3:] == [0.1, 0.2]
+    assert {run["lr"] for run in plan("quick", experiment=Experiment("", arms)).possible([])} == {train.LEARNING_RATES["prequant"], 0.2}
+    done = [*lines, *(line(run) for run in searching.possible(lines) if run["epochs"] == 3)]
+    assert "one for each method: prequant 0.01, wide 0.2." in "\n".join(tables.markdown(searching, done))
+
+
 def test_a_restart_runs_what_is_missing(tmp_path, monkeypatch):
     calls = []
 

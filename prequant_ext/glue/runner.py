@@ -1,8 +1,8 @@
 """Runs the trainings of an experiment: one process and one JSON line each. What has run is skipped, so a killed experiment goes on when it is started again.
 
 Learning rates
-    quick    one of each method (train.LEARNING_RATES)
-    once     each method's best of its grid on one task, by the lowest seed and after SEARCH_EPOCHS, then used for all of its arms
+    quick    one of each method (train.LEARNING_RATES), or the middle of an arm's own grid
+    once     each method's best of its grid on one task, by the lowest seed and after SEARCH_EPOCHS, then used for all of its arms without a grid of their own
     each     the best of the grid for each arm and task, by the lowest seed, with all epochs (the paper's way)
 
 A rate that is given is searched by none of them.
@@ -81,7 +81,7 @@ class Plan:
         if self.search == "quick":
             from prequant_ext.glue.train import LEARNING_RATES
 
-            return LEARNING_RATES[arm.method]
+            return arm.grid[len(arm.grid) // 2] if arm.grid else LEARNING_RATES[arm.method]
         tried = {wanted["lr"]: scores.get(identity(wanted)) for wanted in self._searching(arm, task)}
         found = {lr: score for lr, score in tried.items() if score is not None}
         return max(found, key=lambda lr: (found[lr], -lr)) if len(found) == len(tried) else None
@@ -93,7 +93,7 @@ class Plan:
             lr = self.rate(arm, task, scores)
             # A search of the same length has run the lowest seed at the best rate.
             seeds = self.seeds[1:] if lr is None and self.search == "each" else self.seeds
-            runs += [self.settings(arm, task, GRIDS[arm.method][0] if lr is None else lr, seed) for seed in seeds]
+            runs += [self.settings(arm, task, (arm.grid or GRIDS[arm.method])[0] if lr is None else lr, seed) for seed in seeds]
         return {identity(wanted): wanted for wanted in runs}
 
     def _cells(self) -> list[tuple[Arm, str]]:
@@ -103,10 +103,10 @@ class Plan:
         if arm.method in self.rates:
             return
         if self.search == "each":
-            yield from (self.settings(arm, task, lr, self.seeds[0]) for lr in GRIDS[arm.method])
+            yield from (self.settings(arm, task, lr, self.seeds[0]) for lr in arm.grid or GRIDS[arm.method])
         elif self.search == "once":
             plain = Arm(arm.method, arm.method, None if arm.quantization is None else {}, seeds_selector=arm.seeds_selector)
-            yield from (self.settings(plain, SEARCH_TASK, lr, self.seeds[0], SEARCH_EPOCHS) for lr in GRIDS[arm.method])
+            yield from (self.settings(arm if arm.grid else plain, SEARCH_TASK, lr, self.seeds[0], SEARCH_EPOCHS) for lr in arm.grid or GRIDS[arm.method])
 
 
 def identity(wanted: Wanted) -> str:

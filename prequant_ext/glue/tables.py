@@ -102,9 +102,8 @@ def notes(plan: Plan, lines: Sequence[Line], shown: Sequence[Line]) -> Iterator[
         )
     if plan.experiment.against is not None:
         yield "differences are of accuracy, in points, with a 95 % interval: paired bootstrap over the validation rows, the seeds that both rows have pooled."
-    searched = {
-        arm.method: arm for arm in plan.experiment.arms if arm.method not in plan.rates and any(line["wanted"]["method"] == arm.method for line in shown)
-    }
+    ran = {line["wanted"]["method"] for line in shown}
+    searched = {arm.title if arm.grid else arm.method: arm for arm in plan.experiment.arms if arm.method in ran and arm.method not in plan.rates}
     if searched:
         how = HOW_SEARCHED[plan.search]
         rates = {name: plan.rate(arm, plan.tasks[0], scores_of(lines)) for name, arm in searched.items()}
