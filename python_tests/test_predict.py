@@ -47,7 +47,7 @@ def test_the_table_counts_tasks_and_batches(served):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"task": "cola", "text": "a"}], "no task 'cola': the server has sst2, mnli, stsb"),
+        ([{"task": "cola", "text": "a"}], "no task 'cola': there are sst2, mnli, stsb"),
         ("{", "rows, line 1: not a JSON object"),
         ([query("sst2"), {"task": "sst2"}], 'rows, line 2: must have a "task", a "text" and perhaps a "text_pair"'),
         ([{"task": "sst2", "text": 3}], "rows, line 1: must have"),

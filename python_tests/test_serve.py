@@ -114,7 +114,7 @@ def test_a_long_text_is_cut_and_says_so(client):
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        (query("nosuch"), 404, "no task 'nosuch': the server has sst2, mnli, stsb, topics"),
+        (query("nosuch"), 404, "no task 'nosuch': there are sst2, mnli, stsb, topics"),
         ([query("sst2"), query("nosuch")], 404, "no task 'nosuch'"),
         ({"task": "mnli", "text": TEXT}, 422, "task 'mnli' takes two texts, text and text_pair"),
         (query("sst2") | {"text_pair": OTHER}, 422, "task 'sst2' takes one text, without text_pair"),
@@ -224,7 +224,7 @@ def test_a_task_is_loaded_answers_and_is_removed(changing, base, files):
     answer = changing.post("/predict", json=query("stsb")).raise_for_status().json()
     torch.testing.assert_close(values_of(answer), expected(base, files["stsb"], "stsb"), atol=2e-4, rtol=1e-4)
     assert changing.delete("/tasks/stsb").status_code == 204
-    assert "no task 'stsb': the server has sst2" in detail(changing.post("/predict", json=query("stsb")), 404)
+    assert "no task 'stsb': there are sst2" in detail(changing.post("/predict", json=query("stsb")), 404)
     assert "no task 'stsb'" in detail(changing.delete("/tasks/stsb"), 404)
     assert [task["name"] for task in changing.get("/tasks").json()["tasks"]] == ["sst2"]
 

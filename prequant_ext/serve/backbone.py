@@ -133,7 +133,7 @@ class Backbone:
         self.tasks = {other: task for other, task in self.tasks.items() if other != name}
 
     def unknown(self, name: str) -> UnknownTask:
-        return UnknownTask(f"no task {name!r}: the server has {', '.join(self.tasks) or 'none'}")
+        return UnknownTask(f"no task {name!r}: there are {', '.join(self.tasks) or 'none'}")
 
     @torch.no_grad()
     def answer(self, queries: Sequence[Query]) -> list[Answer | UnknownTask]:
