@@ -4,13 +4,12 @@ A document marks a table's place with a line ``<!-- FOLDER/EXPERIMENT -->`` and 
 bench/results/FOLDER/runs.jsonl. EXPERIMENT.md in that folder is written, too.
 """
 
+import argparse
 import re
-import sys
 from pathlib import Path
 
 from prequant_ext.glue.page import RUNS_FILE, read_studies
 from prequant_ext.glue.runner import read_lines
-from prequant_ext.glue.tables import markdown
 from prequant_ext.task_file import write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -22,8 +21,7 @@ PLACE = re.compile(r"(<!-- ([\w.-]+/\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def tables(folder: Path) -> dict[str, str]:
     """Experiment -> markdown, of a folder that prequant experiment wrote."""
     lines = read_lines(folder / RUNS_FILE)
-    studies = read_studies(folder)
-    return {study.name: "\n".join(markdown(study.plan, [line for line in lines if line["model"] == study.model])) + "\n" for study in studies}
+    return {study.name: study.table(lines) for study in read_studies(folder)}
 
 
 def all_tables(results: Path = RESULTS) -> dict[str, str]:
@@ -41,8 +39,7 @@ def filled(document: str, made: dict[str, str]) -> str:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        sys.exit(f"{__doc__}\nIt takes no arguments, got {' '.join(sys.argv[1:])}")
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     made = all_tables()
     for place, text in made.items():
         write_atomically(RESULTS / f"{place}.md", text.encode())

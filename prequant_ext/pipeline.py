@@ -23,7 +23,6 @@ from prequant_ext.glue.model_page import model_page
 from prequant_ext.glue.models import classifier_class, resolve_model
 from prequant_ext.glue.page import RUNS_FILE, Study, page
 from prequant_ext.glue.runner import SEARCH_TASK, SEEDS, Plan, describe, identity, progress, read_lines, run, scores_of
-from prequant_ext.glue.tables import markdown
 from prequant_ext.glue.tasks import get_task, load_rows
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import PlanRow, Report, merge, plan, quantize_model
@@ -322,17 +321,17 @@ def _rates(text: str | None) -> dict[str, float]:
     """Method -> learning rate of METHOD=RATE, separated by commas."""
     pairs = [pair.partition("=")[::2] for pair in text.split(",")] if text else []
     try:
-        rates = {method: float(rate) for method, rate in pairs}
+        rates: dict[str, float] | None = {method: float(rate) for method, rate in pairs}
     except ValueError:
-        rates = {"": 0.0}
-    if not rates.keys() <= METHODS.keys() or not all(0 < rate < math.inf for rate in rates.values()):
+        rates = None
+    if rates is None or not rates.keys() <= METHODS.keys() or not all(0 < rate < math.inf for rate in rates.values()):
         raise ValueError(f"rates must be like ft=1e-4,prequant=5e-3, of the methods {', '.join(METHODS)}, got {text!r}")
     return rates
 
 
 def list_experiment(study: Study, out: Path, jobs: int) -> None:
     """Print the runs that are missing and can start."""
-    lines = [line for line in read_lines(out / RUNS_FILE) if line["model"] == study.model]
+    lines = study.own(read_lines(out / RUNS_FILE))
     done, possible = set(scores_of(lines)), {identity(wanted): wanted for wanted in study.plan.possible(lines)}
     for key, wanted in possible.items():
         if key not in done:
@@ -346,9 +345,9 @@ def run_experiment(study: Study, path: str, out: Path, data_dir: str | None, thr
     shown = study.joined(out)
     shown.write(out)
     failed = run(study.plan, out / RUNS_FILE, study.model, path, data_dir, threads, jobs, say, processes)
-    table = "\n".join(markdown(shown.plan, [line for line in read_lines(out / RUNS_FILE) if line["model"] == study.model]))
-    write_atomically(out / f"{study.name}.md", f"{table}\n".encode())
-    print(table)
+    table = shown.table(read_lines(out / RUNS_FILE))
+    write_atomically(out / f"{study.name}.md", table.encode())
+    print(table, end="")
     return failed
 
 

@@ -10,23 +10,27 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import documents
 
 
-def test_every_committed_table_is_what_its_runs_make():
-    made = documents.all_tables()
+@pytest.fixture(scope="module")
+def made():
+    return documents.all_tables()
+
+
+def test_every_committed_table_is_what_its_runs_make(made):
     assert {"minilm/table1", "minilm_6_epochs/fig3"} <= made.keys()
     for place, text in made.items():
         assert (documents.RESULTS / f"{place}.md").read_text() == text, f"{place}.md is not what its runs make: python bench/documents.py"
 
 
 @pytest.mark.parametrize("path", documents.DOCUMENTS, ids=lambda path: path.name)
-def test_documents_show_the_committed_tables(path):
+def test_documents_show_the_committed_tables(path, made):
     text = path.read_text()
     places = [place for _, place, _ in documents.PLACE.findall(text)]
-    assert places and documents.filled(text, documents.all_tables()) == text, f"{path.name} shows other tables: python bench/documents.py"
+    assert places and documents.filled(text, made) == text, f"{path.name} shows other tables: python bench/documents.py"
 
 
-def test_every_table_has_a_place():
+def test_every_table_has_a_place(made):
     text = "".join(path.read_text() for path in documents.DOCUMENTS)
-    assert {place for _, place, _ in documents.PLACE.findall(text)} == documents.all_tables().keys()
+    assert {place for _, place, _ in documents.PLACE.findall(text)} == made.keys()
 
 
 def test_a_place_is_filled_and_what_stands_around_it_stays():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ class Study:
         record = {"experiment": self.name, "model": self.model, "blocks": self.blocks, **settings}
         write_atomically(folder / f"{self.name}{PLAN_SUFFIX}", json.dumps(record).encode())
 
+    def own(self, lines: Sequence[Line]) -> list[Line]:
+        """Those of its model: a folder may hold runs of several."""
+        return [line for line in lines if line["model"] == self.model]
+
+    def table(self, lines: Sequence[Line]) -> str:
+        """Markdown, title first."""
+        return "\n".join(markdown(self.plan, self.own(lines))) + "\n"
+
     @classmethod
     def read(cls, path: Path) -> "Study":
         record: dict[str, Any] = json.loads(path.read_text())
@@ -69,7 +78,7 @@ def page(folder: Path) -> str:
 def sections(folder: Path) -> list[Section]:
     """A section an experiment in ``folder``. Raises FileNotFoundError where there are none."""
     lines = read_lines(folder / RUNS_FILE)
-    made = [_section(study, [line for line in lines if line["model"] == study.model]) for study in read_studies(folder)]
+    made = [_section(study, study.own(lines)) for study in read_studies(folder)]
     found = read_error_map(folder)
     if found is not None:
         model, errors = found

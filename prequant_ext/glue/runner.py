@@ -93,7 +93,7 @@ class Plan:
             lr = self.rate(arm, task, scores)
             # A search of the same length has run the lowest seed at the best rate.
             seeds = self.seeds[1:] if lr is None and self.search == "each" else self.seeds
-            runs += [self.settings(arm, task, (arm.grid or GRIDS[arm.method])[0] if lr is None else lr, seed) for seed in seeds]
+            runs += [self.settings(arm, task, _grid(arm)[0] if lr is None else lr, seed) for seed in seeds]
         return {identity(wanted): wanted for wanted in runs}
 
     def _cells(self) -> list[tuple[Arm, str]]:
@@ -103,10 +103,14 @@ class Plan:
         if arm.method in self.rates:
             return
         if self.search == "each":
-            yield from (self.settings(arm, task, lr, self.seeds[0]) for lr in arm.grid or GRIDS[arm.method])
+            yield from (self.settings(arm, task, lr, self.seeds[0]) for lr in _grid(arm))
         elif self.search == "once":
             plain = Arm(arm.method, arm.method, None if arm.quantization is None else {}, seeds_selector=arm.seeds_selector)
-            yield from (self.settings(arm if arm.grid else plain, SEARCH_TASK, lr, self.seeds[0], SEARCH_EPOCHS) for lr in arm.grid or GRIDS[arm.method])
+            yield from (self.settings(arm if arm.grid else plain, SEARCH_TASK, lr, self.seeds[0], SEARCH_EPOCHS) for lr in _grid(arm))
+
+
+def _grid(arm: Arm) -> Sequence[float]:
+    return arm.grid or GRIDS[arm.method]
 
 
 def identity(wanted: Wanted) -> str:
