@@ -193,8 +193,19 @@ def test_a_table_compares_with_one_arm_on_the_same_rows():
     assert -20 <= low <= -16 and -4 <= high < 0  # 10 points and 1.96 times sqrt(0.1 * 0.9 / 50), in steps of one row
     assert "- not run: full." in text and "- learning rates, given: prequant 0.001, prequant_random 0.001." in text and "| full |" not in text
     assert tables.difference([], lines) == tables.difference(lines[:1], lines[1:2]) == ""  # no seed is shared
+    assert "- overlap: the Jaccard overlap" in text
     regression = [line(run | {"task": "stsb"}) for run in runs[:1]]
     assert tables.difference(regression, regression) == ""
+
+
+def test_few_rows_are_compared_with_as_few():
+    few = plan(experiment=EXPERIMENTS["table6"](6), tasks=("sst2",), rates={"ft": 1e-4, "prequant": 5e-3}, seeds=(0,))
+    scores = {("ft", 500): 0.7, ("ft", 1000): 0.9, ("prequant", 500): 0.6, ("prequant", 1000): 0.6}
+    runs = {(run["method"], run["max_train"]): run for run in few.possible([])}
+    text = "\n".join(tables.markdown(few, [line(runs[cell], score) for cell, score in scores.items()]))
+    assert "| method | sst2 (accuracy) | minus full fine-tuning |" in text
+    assert "| full fine-tuning, 500 rows | 70.00 |  |" in text and "| full fine-tuning, 1,000 rows | 90.00 |  |" in text
+    assert "| PreQuant, 500 rows | 60.00 | -10.00 [" in text and "| PreQuant, 1,000 rows | 60.00 | -30.00 [" in text
 
 
 def test_given_rates_are_not_searched():

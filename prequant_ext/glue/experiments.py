@@ -39,6 +39,7 @@ class Arm:
     options         of the method, settings of baselines.Options by name
     grid            learning rates that are tried, where those of the method do not fit
     seeds_selector  the run's seed also draws the dimensions
+    against         the title of the arm that this one's score is compared with, where it is not the experiment's
     """
 
     title: str
@@ -48,11 +49,12 @@ class Arm:
     seeds_selector: bool = False
     options: Mapping[str, Any] | None = None
     grid: tuple[float, ...] | None = None
+    against: str | None = None
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """against: the title of the arm that the others' scores are compared with; None: of none."""
+    """against: the title of the arm that the others' scores are compared with; or, where arms name their own, what those have in common; None: of none."""
 
     title: str
     arms: tuple[Arm, ...]
@@ -139,8 +141,11 @@ def table5(blocks: int) -> Experiment:
 
 
 def table6(blocks: int) -> Experiment:
-    arms = [Arm(f"{arm.title}, {rows:,} rows", arm.method, arm.quantization, max_train=rows) for rows in TABLE6_ROWS for arm in (FT, PREQUANT)]
-    return Experiment("Few training rows (Table 6)", tuple(arms), ("sst2",))
+    arms = []
+    for rows in TABLE6_ROWS:
+        tuned = dataclasses.replace(FT, title=f"{FT.title}, {rows:,} rows", max_train=rows)
+        arms += [tuned, dataclasses.replace(PREQUANT, title=f"{PREQUANT.title}, {rows:,} rows", max_train=rows, against=tuned.title)]
+    return Experiment("Few training rows (Table 6)", tuple(arms), ("sst2",), against=FT.title)
 
 
 def fig3(blocks: int) -> Experiment:
@@ -166,7 +171,7 @@ def fig5(blocks: int) -> Experiment:
     methods = (("PTQ", "ptq"), ("QAT", "qat"), ("PreQuant", "prequant"))
     changes = {bits: {} if bits == PreQuantConfig.bits else {"bits": bits} for bits in FIGURE5_BITS}
     arms = [Arm(f"{title}, {bits} bit", method, changes[bits]) for bits in FIGURE5_BITS for title, method in methods]
-    return Experiment("Bits of a weight (Figure 5)", (FT, *arms), ("sst2",))
+    return Experiment("Bits of a weight (Figure 5)", (FT, *arms), ("sst2",), against=FT.title)
 
 
 EXPERIMENTS: dict[str, Callable[[int], Experiment]] = {

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 from scipy import stats
@@ -67,9 +68,16 @@ def paired_bootstrap(first: np.ndarray, second: np.ndarray, resamples: int = 10_
     if first.shape != second.shape or first.ndim != 2 or not first.size:
         raise ValueError(f"first has shape {first.shape} but second has {second.shape}; both must be (seeds, examples)")
     difference = (first.astype(np.float64) - second.astype(np.float64)).mean(axis=0)
-    rng = np.random.default_rng(seed)
-    # Multinomial counts of each example are the same resampling as drawing indices, without holding resamples x examples indices twice.
-    counts = rng.multinomial(len(difference), np.full(len(difference), 1 / len(difference)), size=resamples)
-    means = counts @ difference / len(difference)
+    means = _resampled(len(difference), resamples, seed) @ difference / len(difference)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(difference.mean()), float(low), float(high)
+
+
+@lru_cache(maxsize=2)
+def _resampled(examples: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each resample draws each example, (resamples, examples): a multinomial's counts are the same resampling as drawing indices.
+
+    Kept, since the rows of a table compare on the same examples; a count is small, and the array is not.
+    """
+    drawn = np.random.default_rng(seed).multinomial(examples, np.full(examples, 1 / examples), size=resamples)
+    return drawn.astype(np.int16)

@@ -49,21 +49,22 @@ def difference(found: Sequence[Line], others: Sequence[Line]) -> str:
 
 
 def markdown(plan: Plan, lines: Sequence[Line]) -> Iterator[str]:
-    """A row an arm of which something ran; columns of a task: scores, means ± standard deviations (seeds), and differences from the arm that the others are
-    compared with, if the experiment has one. The average is over the tasks that ran for every row.
+    """A row an arm of which something ran; columns of a task: scores, means ± standard deviations (seeds), and differences from the arm that it is compared
+    with, if the experiment compares. The average is over the tasks that ran for every row.
     """
-    tasks = plan.tasks
+    tasks, against = plan.tasks, plan.experiment.against
     rows = {arm.title: {task: lines_of(plan, arm, task, lines) for task in tasks} for arm in plan.experiment.arms}
     missing = [title for title, cells in rows.items() if not any(cells.values())]
     rows = {title: cells for title, cells in rows.items() if title not in missing}
     shown = [line for cells in rows.values() for found in cells.values() for line in found]
     extras = [extra for extra in EXTRAS if any(line.get(extra[1]) is not None for line in shown)]
-    reference = rows.get(plan.experiment.against or "")
+    references = {arm.title: rows.get(arm.against or against or "") for arm in plan.experiment.arms}
+    compares = any(references.values())
     complete = [task for task in tasks if all(cells[task] for cells in rows.values())]
     titles = ["method"]
     for task in tasks:
         titles.append(f"{task} ({get_task(task).metrics[0]})")
-        titles += [f"minus {plan.experiment.against}"] if reference else []
+        titles += [f"minus {against}"] if compares else []
     titles += [*(["average"] if len(tasks) > 1 else []), "trained", "model", *(title for title, *_ in extras)]
     yield f"**{plan.experiment.title}**"
     yield ""
@@ -73,8 +74,9 @@ def markdown(plan: Plan, lines: Sequence[Line]) -> Iterator[str]:
         row = [title]
         for task, found in cells.items():
             row.append(mean_and_spread([line["score"] for line in found]) if found else "")
-            if reference:
-                row.append("" if cells is reference else difference(found, reference[task]))
+            if compares:
+                reference = references[title]
+                row.append("" if reference is None or cells is reference else difference(found, reference[task]))
         if len(tasks) > 1:
             row.append(f"{100 * statistics.mean(statistics.mean(line['score'] for line in cells[task]) for task in complete):.2f}" if complete else "")
         own = [line for found in cells.values() for line in found]
@@ -102,6 +104,8 @@ def notes(plan: Plan, lines: Sequence[Line], shown: Sequence[Line]) -> Iterator[
         )
     if plan.experiment.against is not None:
         yield "differences are of accuracy, in points, with a 95 % interval: paired bootstrap over the validation rows, the seeds that both rows have pooled."
+    if any(line.get("overlap") is not None for line in shown):
+        yield "overlap: the Jaccard overlap of the dimensions with those of most outliers, mean over the matrices."
     ran = {line["wanted"]["method"] for line in shown}
     searched = {arm.title if arm.grid else arm.method: arm for arm in plan.experiment.arms if arm.method in ran and arm.method not in plan.rates}
     if searched:
