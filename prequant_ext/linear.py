@@ -209,7 +209,7 @@ class PreQuantLinear(FrozenWeight):
         axis, nothing = AXES[self.axis], self.outlier_weight.detach()
         nothing = nothing[:, :0] if self.axis == "input" else nothing[:0]
         weight = (self.weight_packed, self.weight_scale, self.weight_zero_point, self.outlier_dims[:0], nothing)
-        chosen = rows[:, self.outlier_dims] if self.axis == "input" else rows
+        columns = rows[:, self.outlier_dims] if self.axis == "input" else rows
         if self.activation_bits is None:
             y = ops.linear_w4a16(rows, *weight, self.bias, self.bits, axis, self.out_features)
         else:
@@ -217,17 +217,18 @@ class PreQuantLinear(FrozenWeight):
             codes, scale, zero_point, sums = ops.quantize_activations(rows.detach(), self.per_token, self.group_size, excluded)
             y = ops.linear_w4a8(rows, codes, scale, zero_point, sums, *weight, self.bias, self.bits, axis, False, self.out_features, self.per_token)
             if not self.raw_outliers:
-                own_codes = codes[:, self.outlier_dims] if self.axis == "input" else codes
-                value = (own_codes.float() - zero_point.float()) * scale
-                chosen = value + (chosen - chosen.detach())  # straight through: the value is exact, the gradient x's
+                # In place here and below: on a CPU the memory of another tensor as large as x or y takes longer to get than its values to compute.
+                value = (codes[:, self.outlier_dims] if self.axis == "input" else codes).float().sub_(zero_point.float()).mul_(scale)
+                # Straight through where a gradient is wanted: the value is exact, the gradient x's.
+                columns = value + (columns - columns.detach()) if torch.is_grad_enabled() and columns.requires_grad else value
         with torch.autocast(x.device.type, enabled=False):
-            columns = chosen.float().view(B, -1, chosen.shape[-1])
-            if self.axis == "input":
-                added = torch.bmm(columns, row_weights.mT).view(y.shape)
-                y = y + added.to(y.dtype)
+            columns = columns.float().view(B, -1, columns.shape[-1])
+            if self.axis == "output":
+                y.index_add_(1, self.outlier_dims, torch.bmm(columns, row_weights.mT).view(len(rows), self.r).to(y.dtype))
+            elif y.dtype == torch.float32:
+                y.view(B, -1, self.out_features).baddbmm_(columns, row_weights.mT)
             else:
-                added = torch.bmm(columns, row_weights.mT).view(len(rows), self.r)
-                y = y.index_add(1, self.outlier_dims, added.to(y.dtype))
+                y += torch.bmm(columns, row_weights.mT).view(y.shape).to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
