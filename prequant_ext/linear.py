@@ -79,7 +79,7 @@ class PreQuantLinear(FrozenWeight):
         cls,
         linear: nn.Module,
         config: PreQuantConfig,
-        axis: str = "input",
+        axis: str | None = None,
         *,
         name: str = "linear",
         bits: int | None = None,
@@ -88,9 +88,11 @@ class PreQuantLinear(FrozenWeight):
     ) -> "PreQuantLinear":
         """The pre-quantized twin of an ``nn.Linear`` (or transformers Conv1D), which stays as it is.
 
-        ``axis`` overrides the config's. ``name`` is used in errors and seeds the random selector; ``hidden_size`` is the group of trained scales
-        (default: in_features); ``tuned`` the fine-tuned weight of the ticket selector.
+        ``axis``: None takes the config's, and "input" for its "hidden", which a layer without a model cannot decide. ``name`` is used in errors and seeds the
+        random selector; ``hidden_size`` is the group of trained scales (default: in_features); ``tuned`` the fine-tuned weight of the ticket selector.
         """
+        if axis is None:
+            axis = "input" if config.axis == "hidden" else config.axis
         is_transposed = is_conv1d(linear)
         if not is_transposed and not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")

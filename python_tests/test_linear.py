@@ -203,6 +203,11 @@ def test_trains_towards_a_target():
     assert losses[-1] < 0.95 * losses[0]
 
 
+@pytest.mark.parametrize(("config_axis", "axis", "expected"), [("hidden", None, "input"), ("output", None, "output"), ("output", "input", "input")])
+def test_the_axis_is_the_config_s_unless_given(config_axis, axis, expected):
+    assert PreQuantLinear.from_linear(linear(), PreQuantConfig(axis=config_axis), axis).axis == expected
+
+
 def test_rejects():
     with pytest.raises(ValueError, match="axis must be input or output for a single layer, got 'hidden'; \"hidden\" is decided by the role"):
         PreQuantLinear.from_linear(linear(), PreQuantConfig(), axis="hidden")

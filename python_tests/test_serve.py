@@ -289,7 +289,7 @@ def test_a_damaged_or_large_upload_is_refused(changing, spare):
 def test_no_more_tasks_than_the_server_takes(changing):
     for name in ("a", "b"):
         assert changing.put(f"/tasks/{name}", json={"file": "topics.task"}).status_code == 201
-    assert "the server has 3 tasks and takes no more" in detail(changing.put("/tasks/c", json={"file": "topics.task"}), 409)
+    assert "there are 3 tasks, and max_tasks is 3: remove one first" in detail(changing.put("/tasks/c", json={"file": "topics.task"}), 409)
     assert changing.put("/tasks/b", json={"file": "second.task"}).status_code == 200
 
 

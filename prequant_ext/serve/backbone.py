@@ -116,7 +116,7 @@ class Backbone:
     def put(self, task: ServedTask, tensors: Mapping[str, Tensor]) -> ServedTask:
         """Add a task, or replace the one of its name. Raises TooManyTasks."""
         if task.name not in self.tasks and len(self.tasks) >= self.settings.max_tasks:
-            raise TooManyTasks(f"the server has {len(self.tasks)} tasks and takes no more: remove one first")
+            raise TooManyTasks(f"there are {len(self.tasks)} tasks, and max_tasks is {self.settings.max_tasks}: remove one first")
         add_task(self.model, task.name, overwrite=True)
         for key, parameter in task_tensors(self.model).items():
             parameter.copy_(tensors[key])
