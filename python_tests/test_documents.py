@@ -1,5 +1,6 @@
 """The tables that the documents show are those that the committed runs make."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -31,6 +32,20 @@ def test_documents_show_the_committed_tables(path, made):
 def test_every_table_has_a_place(made):
     text = "".join(path.read_text() for path in documents.DOCUMENTS)
     assert {place for _, place, _ in documents.PLACE.findall(text)} == made.keys()
+
+
+def test_figures_are_those_of_the_tables():
+    of = documents.sources()
+    assert {path.stem for path in documents.FIGURES.glob("*")} == of.keys()
+    for name, source in of.items():
+        text = (documents.FIGURES / f"{name}.svg").read_text()
+        assert text.startswith("<svg") and text.rstrip().endswith(documents.digest(source)), f"{name}.svg shows other runs: python bench/documents.py"
+
+
+@pytest.mark.parametrize("path", documents.DOCUMENTS, ids=lambda path: path.name)
+def test_images_are_there(path):
+    missing = [image for image in re.findall(r"!\[[^]]*\]\(([^)]+)\)", path.read_text()) if not (path.parent / image).exists()]
+    assert not missing
 
 
 def test_a_place_is_filled_and_what_stands_around_it_stays():

@@ -87,9 +87,12 @@ def figure(name: str, plan: Plan, lines: Sequence[Line]) -> str | None:
 
 
 def svg(drawing: Any) -> str:
-    """A matplotlib figure as SVG text that can stand in an HTML page."""
+    """A matplotlib figure as SVG text that can stand in an HTML page; the same text for the same figure."""
+    import matplotlib
+
     text = io.StringIO()
-    drawing.savefig(text, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "prequant"}):  # names of clips and markers are random without one
+        drawing.savefig(text, format="svg", metadata={"Date": None})
     return re.sub(r"^.*?<svg", "<svg", text.getvalue(), flags=re.S)
 
 
