@@ -109,7 +109,7 @@ def _rows(axes: Any, name: str, plan: Plan, task: str, lines: Sequence[Line]) ->
     axes.errorbar([mean for _, mean, _ in shown], positions, xerr=[spread for *_, spread in shown], color=COLOURS[0], fmt="o", markersize=5, capsize=2)
     axes.set_yticks(positions, [arm.title for arm, *_ in shown], fontsize=9)
     axes.set_ylim(-0.6, len(shown) - 0.4)
-    axes.margins(x=0.1)  # the number over the leftmost point stays off the axis
+    axes.margins(x=0.15)  # the number over the leftmost point stays off the axis
     axes.grid(axis="y", color="#e5e5e5")
     axes.set_axisbelow(True)
     for position, (_, mean, _) in zip(positions, shown, strict=True):
