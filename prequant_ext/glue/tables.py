@@ -50,7 +50,7 @@ def difference(found: Sequence[Line], others: Sequence[Line]) -> str:
 
 def markdown(plan: Plan, lines: Sequence[Line]) -> Iterator[str]:
     """A row an arm of which something ran; columns of a task: scores, means ± standard deviations (seeds), and differences from the arm that it is compared
-    with, if the experiment compares. The average is over the tasks that ran for every row.
+    with, if the experiment compares. The average is over the tasks that ran for every row, where those are several.
     """
     tasks, against = plan.tasks, plan.experiment.against
     rows = {arm.title: {task: lines_of(plan, arm, task, lines) for task in tasks} for arm in plan.experiment.arms}
@@ -65,7 +65,7 @@ def markdown(plan: Plan, lines: Sequence[Line]) -> Iterator[str]:
     for task in tasks:
         titles.append(f"{task} ({get_task(task).metrics[0]})")
         titles += [f"minus {against}"] if compares else []
-    titles += [*(["average"] if len(tasks) > 1 else []), "trained", "model", *(title for title, *_ in extras)]
+    titles += [*(["average"] if len(complete) > 1 else []), "trained", "model", *(title for title, *_ in extras)]
     yield f"**{plan.experiment.title}**"
     yield ""
     yield f"| {' | '.join(titles)} |"
@@ -77,8 +77,8 @@ def markdown(plan: Plan, lines: Sequence[Line]) -> Iterator[str]:
             if compares:
                 reference = references[title]
                 row.append("" if reference is None or cells is reference else difference(found, reference[task]))
-        if len(tasks) > 1:
-            row.append(f"{100 * statistics.mean(statistics.mean(line['score'] for line in cells[task]) for task in complete):.2f}" if complete else "")
+        if len(complete) > 1:
+            row.append(f"{100 * statistics.mean(statistics.mean(line['score'] for line in cells[task]) for task in complete):.2f}")
         own = [line for found in cells.values() for line in found]
         row += [f"{own[0]['trainable_parameters']:,}", f"{own[0]['model_bytes'] / 1e6:.1f} MB"]
         for _, name, form in extras:
