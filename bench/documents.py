@@ -36,9 +36,9 @@ def all_tables(results: Path = RESULTS) -> dict[str, str]:
     return {f"{folder.name}/{name}": text for folder in folders for name, text in tables(folder).items()}
 
 
-def sources(results: Path = RESULTS) -> dict[str, str]:
+def sources(made: dict[str, str], results: Path = RESULTS) -> dict[str, str]:
     """FOLDER_EXPERIMENT of each figure -> what it is drawn from, whose digest the figure carries: the table of a curve, the records of a map."""
-    curves = {place.replace("/", "_"): text for place, text in all_tables(results).items() if place.split("/")[1] in AXES}
+    curves = {place.replace("/", "_"): text for place, text in made.items() if place.split("/")[1] in AXES}
     return curves | {f"{path.parent.name}_{ERROR_MAP}": path.read_text() for path in results.glob(f"*/{ERROR_MAP_FILE}")}
 
 
@@ -68,7 +68,7 @@ def main() -> None:
         write_atomically(RESULTS / f"{place}.md", text.encode())
     for path in DOCUMENTS:
         write_atomically(path, filled(path.read_text(), made).encode())
-    of = sources()
+    of = sources(made)
     FIGURES.mkdir(exist_ok=True)
     for folder in sorted(path.parent for path in RESULTS.glob(f"*/{RUNS_FILE}")):
         for name, drawn in drawings(folder).items():

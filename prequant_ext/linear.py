@@ -227,7 +227,7 @@ class PreQuantLinear(FrozenWeight):
             columns = columns.float().view(B, -1, columns.shape[-1])
             if self.axis == "output":
                 y.index_add_(1, self.outlier_dims, torch.bmm(columns, row_weights.mT).view(len(rows), self.r).to(y.dtype))
-            elif y.dtype == torch.float32:
+            elif y.dtype == torch.float32:  # baddbmm takes one dtype, and outlier weights are float32
                 y.view(B, -1, self.out_features).baddbmm_(columns, row_weights.mT)
             else:
                 y += torch.bmm(columns, row_weights.mT).view(y.shape).to(y.dtype)

@@ -34,8 +34,8 @@ def test_every_table_has_a_place(made):
     assert {place for _, place, _ in documents.PLACE.findall(text)} == made.keys()
 
 
-def test_figures_are_those_of_the_tables():
-    of = documents.sources()
+def test_figures_are_those_of_the_tables(made):
+    of = documents.sources(made)
     assert {path.stem for path in documents.FIGURES.glob("*")} == of.keys()
     for name, source in of.items():
         text = (documents.FIGURES / f"{name}.svg").read_text()
