@@ -318,14 +318,17 @@ def plan_experiment(
 
 
 def _rates(text: str | None) -> dict[str, float]:
-    """Method -> learning rate of METHOD=RATE, separated by commas."""
+    """[TASK/]METHOD -> learning rate of [TASK/]METHOD=RATE, separated by commas."""
     pairs = [pair.partition("=")[::2] for pair in text.split(",")] if text else []
     try:
-        rates: dict[str, float] | None = {method: float(rate) for method, rate in pairs}
+        rates: dict[str, float] | None = {name: float(rate) for name, rate in pairs}
     except ValueError:
         rates = None
-    if rates is None or not rates.keys() <= METHODS.keys() or not all(0 < rate < math.inf for rate in rates.values()):
-        raise ValueError(f"rates must be like ft=1e-4,prequant=5e-3, of the methods {', '.join(METHODS)}, got {text!r}")
+    if rates is None or not all(0 < rate < math.inf and name.rpartition("/")[2] in METHODS for name, rate in rates.items()):
+        raise ValueError(f"rates must be like ft=1e-4,mrpc/prequant=5e-3, of the methods {', '.join(METHODS)}, got {text!r}")
+    for name in rates:
+        if "/" in name:
+            get_task(name.rpartition("/")[0])
     return rates
 
 

@@ -110,6 +110,10 @@ def test_a_table_grows_with_the_tasks_and_seeds_of_later_commands(tmp_path):
     assert first.joined(tmp_path) == joined == page.Study.read(tmp_path / "table3.plan.json").joined(tmp_path)
     other = replace(later, plan=replace(later.plan, epochs=1))
     assert other.joined(tmp_path) == other
+    given = replace(later, plan=replace(later.plan, tasks=("rte",), rates={"rte/prequant": 0.5}))
+    assert (given.joined(tmp_path).plan.tasks, given.joined(tmp_path).plan.rates) == (("sst2", "mrpc", "rte"), {"rte/prequant": 0.5})
+    changed = replace(later, plan=replace(later.plan, rates={"mrpc/prequant": 0.5}))  # would show other runs of mrpc than those that the folder's study is of
+    assert changed.joined(tmp_path) == changed
 
 
 def test_a_rate_searched_once_serves_every_arm_of_its_method():
@@ -217,6 +221,21 @@ def test_given_rates_are_not_searched():
     assert len(given.every([])) == 2 * (3 + 1) + 2 * 2
 
 
+def test_a_rate_given_for_a_task_is_of_that_task_and_of_arms_without_a_grid():
+    arms = (Arm("ours", "prequant", {}), Arm("wide", "prequant", {"r": 10}, grid=(1e-4, 2e-4, 3e-4)))
+    given = plan("once", experiment=Experiment("", arms), rates={"mrpc/prequant": 0.25, "prequant": 0.5})
+    assert [given.given(arm, task) for arm in arms for task in ("sst2", "mrpc")] == [0.5, 0.25, None, None]
+    searches = list(given.possible([]))[:3]
+    assert [run["lr"] for run in searches] == [1e-4, 2e-4, 3e-4]
+    lines = [line(run, score) for run, score in zip(searches, (0.7, 0.9, 0.8), strict=True)]
+    rates = {(run["task"], (run["quantization"] or {}).get("r")): run["lr"] for run in given.possible(lines) if run["epochs"] == given.epochs}
+    assert rates == {("sst2", None): 0.5, ("mrpc", None): 0.25, ("sst2", 10): 2e-4, ("mrpc", 10): 2e-4}
+    of_one = plan("once", experiment=Experiment("", arms[:1]), rates={"mrpc/prequant": 0.25})
+    searched = [line(run, score) for run, score in zip(list(of_one.possible([]))[:3], (0.7, 0.9, 0.8), strict=True)]
+    text = "\n".join(tables.markdown(of_one, searched + [line(run) for run in of_one.possible(searched) if run["epochs"] == of_one.epochs]))
+    assert f"one for each method: prequant {GRIDS['prequant'][1]:g}." in text and "- learning rates, given: mrpc/prequant 0.25." in text
+
+
 def recorded(folder, names):
     """Studies of three seeds whose every run has an arbitrary score."""
     lines = {}
@@ -319,7 +338,9 @@ def test_the_command_trains_and_prints_its_table(tmp_path, monkeypatch):
         (["--tasks", "sst3"], "task must be one of"),
         (["--seeds", "a"], "seeds must be integers separated by commas, got 'a'"),
         (["--data-dir", "nowhere"], "nowhere"),
-        (["--rates", "ft=fast"], "rates must be like ft=1e-4,prequant=5e-3"),
+        (["--rates", "ft=fast"], "rates must be like ft=1e-4,mrpc/prequant=5e-3"),
+        (["--rates", "sst3/ft=1e-4"], "task must be one of"),
+        (["--rates", "sst2/mrpc/ft=1e-4"], "task must be one of"),
         (["--rates", "sgd=0.1"], "got 'sgd=0.1'"),
         (["--rates", "ft=-1"], "got 'ft=-1'"),
     ],

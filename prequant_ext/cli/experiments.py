@@ -26,7 +26,7 @@ def experiment(
     seeds: Annotated[str | None, typer.Option(help="separated by commas; the lowest one searches learning rates (default: 0,1,2)")] = None,
     search: Annotated[Search, typer.Option(help=SEARCH_HELP)] = Search.each,  # type: ignore[attr-defined]
     quick: Annotated[bool, typer.Option("--quick", help="the same as --search quick: a look at an experiment in minutes")] = False,
-    rates: Annotated[str | None, typer.Option(help="learning rates that are not searched, such as ft=1e-4,prequant=5e-3")] = None,
+    rates: Annotated[str | None, typer.Option(help="learning rates that are not searched, such as ft=1e-4,mrpc/prequant=5e-3")] = None,
     epochs: int = 3,
     max_train: Annotated[int | None, typer.Option(help="training rows of every task (default: 4000 of sst2 and qnli, all of the others)")] = None,
     data_dir: DataDir = None,

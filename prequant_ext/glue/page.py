@@ -29,13 +29,14 @@ class Study:
     plan: Plan
 
     def joined(self, folder: Path) -> "Study":
-        """With the tasks and seeds of the study of that name in FOLDER, if it is alike in all else: a table has what ran, not what was asked for last."""
+        """With the tasks, seeds and rates of the study of that name in FOLDER, if alike in all else: a table has what ran, not what was asked for last."""
         path = folder / f"{self.name}{PLAN_SUFFIX}"
         earlier = Study.read(path) if path.exists() else self
         tasks, seeds = tuple(dict.fromkeys((*earlier.plan.tasks, *self.plan.tasks))), tuple(sorted({*earlier.plan.seeds, *self.plan.seeds}))
-        both = dataclasses.replace(self, plan=dataclasses.replace(self.plan, tasks=tasks, seeds=seeds))
-        alike = dataclasses.replace(earlier, plan=dataclasses.replace(earlier.plan, tasks=tasks, seeds=seeds))
-        return both if alike == both else self
+        rates = {**earlier.plan.rates, **self.plan.rates}
+        both, other = (dataclasses.replace(study, plan=dataclasses.replace(study.plan, tasks=tasks, seeds=seeds, rates=rates)) for study in (self, earlier))
+        same_rates = all(study.plan.given(arm, task) == both.plan.given(arm, task) for study in (self, earlier) for arm, task in study.plan.cells())
+        return both if other == both and same_rates else self
 
     def write(self, folder: Path) -> None:
         """FOLDER/NAME.plan.json, from which a report knows the rows, columns and seeds of a table."""

@@ -5,7 +5,7 @@ Learning rates
     once     each method's best of its grid on one task, by the lowest seed and after SEARCH_EPOCHS, then used for all of its arms without a grid of their own
     each     the best of the grid for each arm and task, by the lowest seed, with all epochs (the paper's way)
 
-A rate that is given is searched by none of them.
+A rate that is given, for a method or for a method on one task, is searched by none of them; arms with a grid of their own do not take it.
 """
 
 import json
@@ -34,7 +34,7 @@ Wanted = dict[str, Any]  # keyword arguments of train.Settings but for the model
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment on a model: ``seeds`` ascending, the first of which searches learning rates; ``rates`` are those given, by method."""
+    """An experiment on a model: ``seeds`` ascending, the first of which searches learning rates; ``rates`` are those given, by METHOD or TASK/METHOD."""
 
     experiment: Experiment
     tasks: Sequence[str]
@@ -67,17 +67,17 @@ class Plan:
     def possible(self, lines: Sequence[Line]) -> Iterator[Wanted]:
         """Every run that can be started with what ``lines`` tell; searches first."""
         scores = scores_of(lines)
-        for arm, task in self._cells():
+        for arm, task in self.cells():
             yield from self._searching(arm, task)
-        for arm, task in self._cells():
+        for arm, task in self.cells():
             lr = self.rate(arm, task, scores)
             if lr is not None:
                 yield from (self.settings(arm, task, lr, seed) for seed in self.seeds)
 
     def rate(self, arm: Arm, task: str, scores: dict[str, float]) -> float | None:
         """The learning rate of an arm on a task; None while its search has not ended."""
-        if arm.method in self.rates:
-            return self.rates[arm.method]
+        if (given := self.given(arm, task)) is not None:
+            return given
         if self.search == "quick":
             from prequant_ext.glue.train import LEARNING_RATES
 
@@ -86,21 +86,25 @@ class Plan:
         found = {lr: score for lr, score in tried.items() if score is not None}
         return max(found, key=lambda lr: (found[lr], -lr)) if len(found) == len(tried) else None
 
+    def given(self, arm: Arm, task: str) -> float | None:
+        """The learning rate that an arm need not search on a task. One of the task goes before one of the method alone."""
+        return None if arm.grid else self.rates.get(f"{task}/{arm.method}", self.rates.get(arm.method))
+
+    def cells(self) -> list[tuple[Arm, str]]:
+        return [(arm, task) for task in self.tasks for arm in self.experiment.arms]
+
     def every(self, lines: Sequence[Line]) -> dict[str, Wanted]:
         """All runs that there will be, by identity. A learning rate that is not known yet stands at the first of its grid."""
-        scores, runs = scores_of(lines), [wanted for arm, task in self._cells() for wanted in self._searching(arm, task)]
-        for arm, task in self._cells():
+        scores, runs = scores_of(lines), [wanted for arm, task in self.cells() for wanted in self._searching(arm, task)]
+        for arm, task in self.cells():
             lr = self.rate(arm, task, scores)
             # A search of the same length has run the lowest seed at the best rate.
             seeds = self.seeds[1:] if lr is None and self.search == "each" else self.seeds
             runs += [self.settings(arm, task, _grid(arm)[0] if lr is None else lr, seed) for seed in seeds]
         return {identity(wanted): wanted for wanted in runs}
 
-    def _cells(self) -> list[tuple[Arm, str]]:
-        return [(arm, task) for task in self.tasks for arm in self.experiment.arms]
-
     def _searching(self, arm: Arm, task: str) -> Iterator[Wanted]:
-        if arm.method in self.rates:
+        if self.given(arm, task) is not None:
             return
         if self.search == "each":
             yield from (self.settings(arm, task, lr, self.seeds[0]) for lr in _grid(arm))

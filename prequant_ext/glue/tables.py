@@ -107,10 +107,10 @@ def notes(plan: Plan, lines: Sequence[Line], shown: Sequence[Line]) -> Iterator[
     if any(line.get("overlap") is not None for line in shown):
         yield "overlap: the Jaccard overlap of the dimensions with those of most outliers, mean over the matrices."
     ran = {line["wanted"]["method"] for line in shown}
-    searched = {arm.title if arm.grid else arm.method: arm for arm in plan.experiment.arms if arm.method in ran and arm.method not in plan.rates}
+    searched = {arm.title if arm.grid else arm.method: (arm, task) for arm, task in plan.cells() if arm.method in ran and plan.given(arm, task) is None}
     if searched:
         how = HOW_SEARCHED[plan.search]
-        rates = {name: plan.rate(arm, plan.tasks[0], scores_of(lines)) for name, arm in searched.items()}
+        rates = {name: plan.rate(arm, task, scores_of(lines)) for name, (arm, task) in searched.items()}
         yield f"learning rates, {how}{'' if plan.search == 'each' else _listed(rates)}."
     if plan.rates:
         yield f"learning rates, given{_listed(plan.rates)}."
