@@ -139,7 +139,7 @@ def test_an_arm_with_a_grid_of_its_own_searches_it():
     assert [run["lr"] for run in plan("each", experiment=Experiment("", arms), tasks=("sst2",)).possible([])][3:] == [0.1, 0.2]
     assert {run["lr"] for run in plan("quick", experiment=Experiment("", arms)).possible([])} == {train.LEARNING_RATES["prequant"], 0.2}
     done = [*lines, *(line(run) for run in searching.possible(lines) if run["epochs"] == 3)]
-    assert "one for each method: prequant 0.01, wide 0.2." in "\n".join(tables.markdown(searching, done))
+    assert "one for each method: prequant at 0.01, wide at 0.2." in "\n".join(tables.markdown(searching, done))
 
 
 def test_a_restart_runs_what_is_missing(tmp_path, monkeypatch):
@@ -178,7 +178,7 @@ def test_a_table_has_means_spreads_and_an_average_of_complete_tasks():
     assert "| ours | 81.00 ± 1.41 (2) |  | 71.00 ± 1.41 (2) | 76.00 | 10 | 2.0 MB | 31.0 |" in text
     two = "\n".join(tables.markdown(plan(), lines))
     assert "| ours | 81.00 ± 1.41 (2) |  | 10 | 2.0 MB | 31.0 |" in two and "average" not in two  # one task is complete
-    assert "100 training rows" in text and "learning rates, fixed: ft 5e-05, prequant 0.005." in text
+    assert "100 training rows" in text and "learning rates, fixed: ft at 5e-05, prequant at 0.005." in text
     assert "overlap" not in text and "minus" not in text
     assert tables.mean_and_spread([0.5]) == "50.00"
 
@@ -197,7 +197,7 @@ def test_a_table_compares_with_one_arm_on_the_same_rows():
         float, re.fullmatch(r"\| drawn \| 70\.00 ± 0\.00 \(2\) \| (-10\.00) \[(\S+), (\S+)\] \|  \|  \| 10 \| 2\.0 MB \| 0\.25 \|", row).groups()
     )
     assert -20 <= low <= -16 and -4 <= high < 0  # 10 points and 1.96 times sqrt(0.1 * 0.9 / 50), in steps of one row
-    assert "- not run: full." in text and "- learning rates, given: prequant 0.001, prequant_random 0.001." in text and "| full |" not in text
+    assert "- not run: full." in text and "- learning rates, given: prequant at 0.001, prequant_random at 0.001." in text and "| full |" not in text
     assert tables.difference([], lines) == tables.difference(lines[:1], lines[1:2]) == ""  # no seed is shared
     assert "- overlap: the Jaccard overlap" in text
     regression = [line(run | {"task": "stsb"}) for run in runs[:1]]
@@ -233,7 +233,7 @@ def test_a_rate_given_for_a_task_is_of_that_task_and_of_arms_without_a_grid():
     of_one = plan("once", experiment=Experiment("", arms[:1]), rates={"mrpc/prequant": 0.25})
     searched = [line(run, score) for run, score in zip(list(of_one.possible([]))[:3], (0.7, 0.9, 0.8), strict=True)]
     text = "\n".join(tables.markdown(of_one, searched + [line(run) for run in of_one.possible(searched) if run["epochs"] == of_one.epochs]))
-    assert f"one for each method: prequant {GRIDS['prequant'][1]:g}." in text and "- learning rates, given: mrpc/prequant 0.25." in text
+    assert f"one for each method: prequant at {GRIDS['prequant'][1]:g}." in text and "- learning rates, given: mrpc/prequant at 0.25." in text
 
 
 def recorded(folder, names):

@@ -117,4 +117,4 @@ def notes(plan: Plan, lines: Sequence[Line], shown: Sequence[Line]) -> Iterator[
 
 
 def _listed(rates: Mapping[str, float | None]) -> str:
-    return ": " + ", ".join(f"{name} {rate:g}" for name, rate in rates.items() if rate)
+    return ": " + ", ".join(f"{name} at {rate:g}" for name, rate in rates.items() if rate)
