@@ -23,12 +23,18 @@ def whole(tensor: Tensor) -> Tensor:
 
 def on_whole(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """``function`` of the whole tensor, then sharded as ``tensor`` is: a layout of packed codes does not cut where rows do."""
-    if not is_sharded(tensor):
-        return function(tensor)
+    return sharded_like(tensor, function(whole(tensor)))
+
+
+def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """``tensor`` in the layout of ``parameter``, whole or sharded: equal on all ranks where it is whole. Without a copy where it has that layout already."""
+    if is_sharded(parameter) == is_sharded(tensor):
+        return tensor
+    if not is_sharded(parameter):
+        return whole(tensor)
     from torch.distributed.tensor import distribute_tensor
 
-    result = function(whole(tensor))
-    return distribute_tensor(result, tensor.device_mesh, tensor.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
 class FrozenWeight(nn.Module):

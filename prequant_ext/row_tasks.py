@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prequant_ext.frozen import is_sharded
 from prequant_ext.linear import PreQuantLinear
 
 BASE_NAME = "__base__"  # in task_names, as None: no task may be called so
@@ -71,6 +72,8 @@ class RowTasks:
         if model.training and torch.is_grad_enabled() and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ValueError("task_names cannot be combined with gradient checkpointing, which runs layers again when the rows' tasks are gone; disable it")
         tasks = {name: self.parameters_of(model, None if name == BASE_NAME else name) for name in dict.fromkeys(names)}
+        if any(is_sharded(parameter) for values in tasks.values() for parameter in values.values()):
+            raise ValueError("task_names needs the tasks' whole parameters, but FSDP2 has sharded them: make one task live with set_task, or use DDP")
         self.rows = [tasks[name] for name in names]
         return args, kwargs
 

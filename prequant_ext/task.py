@@ -2,6 +2,8 @@
 
 One task is live: its values stand in the model's own parameters. The others are kept beside, and switching copies into storage that stays where it is: nothing
 is compiled anew, and no optimizer, CUDA graph or view loses its tensor. None is the base, with the values that the model had when its first task was added.
+
+Under FSDP2 a rank keeps its share of every task, and all ranks call these functions together.
 """
 
 import os
@@ -9,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from prequant_ext import model as models
+from prequant_ext.frozen import is_sharded, sharded_like
 from prequant_ext.row_tasks import RowTasks
 from prequant_ext.task_file import check_fits, check_task_name, fingerprint, read_task, task_tensors, write_task
 
@@ -50,6 +53,7 @@ class _Tasks:
         target = self.parameters_of(model, name)
         if name == self.active:
             return
+        _reshard(model)
         live = self.live()
         _copy(self.slots[self.active], live)
         _copy(live, target)
@@ -57,11 +61,27 @@ class _Tasks:
 
 
 def _copies(values: Mapping[str, Tensor], like: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    return {key: nn.Parameter(values[key].detach().to(own.device, own.dtype, copy=True), own.requires_grad) for key, own in like.items()}
+    return {key: nn.Parameter(sharded_like(own, values[key].detach().to(own.device, own.dtype, copy=True)), own.requires_grad) for key, own in like.items()}
 
 
 def _copy(to: Mapping[str, nn.Parameter], values: Mapping[str, nn.Parameter]) -> None:
-    torch._foreach_copy_([parameter.detach() for parameter in to.values()], [values[key].detach() for key in to])
+    shares = [_share(sharded_like(parameter, values[key].detach())) for key, parameter in to.items()]
+    torch._foreach_copy_([_share(parameter.detach()) for parameter in to.values()], shares)
+
+
+def _share(tensor: Tensor) -> Tensor:
+    """What this rank has of ``tensor``, in its storage."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _reshard(model: nn.Module) -> None:
+    """FSDP2 leaves some parameters gathered after a forward pass that no backward follows: what is written into those is lost in the next pass."""
+    if distributed.is_available() and distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _tasks_of(model: nn.Module) -> _Tasks | None:

@@ -1,6 +1,7 @@
 """DDP and FSDP2 on two processes: what they end with is what one process makes of the whole batches."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from toys import assert_same
 from transformers import BertForSequenceClassification
 
 from prequant_ext.task import load_task
-from prequant_ext.task_file import fingerprint
+from prequant_ext.task_file import fingerprint, task_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +66,27 @@ def test_a_task_file_of_a_sharded_model_fits_the_base(folder):
     state = load_file(folder / "fsdp0.safetensors")
     assert all(torch.equal(tensor, state[name]) for name, tensor in base.state_dict().items())
     assert_same(base, other)
+
+
+@pytest.mark.parametrize("when", ["late", "early"])
+def test_tasks_of_a_sharded_model_end_where_those_of_one_process_do(when, folder, tmp_path):
+    """early: the model had a task before it was sharded, late: it had none."""
+    model = two_processes.quantized_bert()
+    shutil.copy(folder / "fsdp0.task", tmp_path)
+    two_processes.live_through_tasks(model, tmp_path, "alone")
+    for task in ("first", "second"):
+        one, first, second = (load_file(path) for path in (tmp_path / f"alone_{task}0.task", *(folder / f"{when}_{task}{rank}.task" for rank in range(2))))
+        start = load_file(folder / "fsdp0.task") if task == "first" else task_tensors(two_processes.quantized_bert())
+        assert one.keys() == first.keys() == second.keys() == start.keys()
+        for name, tensor in one.items():
+            assert torch.equal(first[name], second[name])
+            moved = (tensor - start[name]).abs().max().item()
+            assert moved > 1e-4
+            torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-3 * moved, msg=name)
+
+
+def test_a_mixed_batch_needs_whole_parameters(folder):
+    assert all((folder / f"mixed{rank}.txt").read_text().startswith("task_names needs the tasks' whole parameters, but FSDP2") for rank in range(2))
 
 
 def test_a_sharded_model_takes_a_gathered_state(folder):

@@ -17,7 +17,7 @@ from toys import make_toy
 from transformers import PreTrainedModel
 
 from prequant_ext import PreQuantConfig, prepare_model, quantize_model
-from prequant_ext.task import save_task
+from prequant_ext.task import add_task, load_task, save_task, set_task
 
 STEPS, BATCH = 3, 8
 WHOLE = StateDictOptions(full_state_dict=True)
@@ -44,6 +44,26 @@ def train(model: nn.Module, rank: int = 0, processes: int = 1) -> None:
         optimizer.step()
 
 
+def live_through_tasks(model: nn.Module, folder: Path, name: str, rank: int = 0, processes: int = 1) -> None:
+    """Train the task of fsdp0.task on, then a new one, then the first again: the switch back comes after a forward pass that no backward follows."""
+    load_task(model, folder / "fsdp0.task", "first")
+    train(model, rank, processes)
+    add_task(model, "second")
+    train(model, rank, processes)
+    with torch.no_grad():
+        model(input_ids=next(batches())[0])
+    set_task(model, "first")
+    train(model, rank, processes)
+    for task in ("first", "second"):
+        save_task(model, task, folder / f"{name}_{task}{rank}.task")
+
+
+def shard(model: PreTrainedModel) -> None:
+    for block in model.bert.encoder.layer:
+        fully_shard(block)
+    fully_shard(model)
+
+
 def main(folder: Path) -> None:
     distributed.init_process_group("gloo")
     rank, processes = distributed.get_rank(), distributed.get_world_size()
@@ -54,9 +74,7 @@ def main(folder: Path) -> None:
 
     for name, arguments in {"fsdp": {"sharded": True}, "unprepared": {}}.items():
         model = prepare_model(quantized_bert(), **arguments)
-        for block in model.bert.encoder.layer:
-            fully_shard(block)
-        fully_shard(model)
+        shard(model)
         start = get_model_state_dict(model, options=WHOLE)
         train(model, rank, processes)
         state = get_model_state_dict(model, options=WHOLE)
@@ -64,6 +82,18 @@ def main(folder: Path) -> None:
         save_task(model, "toy", folder / f"{name}{rank}.task")  # gathers: every process calls it
     if rank == 0:
         model.save_pretrained(folder / "saved", state_dict=state)
+
+    distributed.barrier()  # fsdp0.task is there
+    for name in ("late", "early"):
+        model = prepare_model(quantized_bert(), sharded=True)
+        if name == "early":
+            add_task(model, "other")
+        shard(model)
+        live_through_tasks(model, folder, name, rank, processes)
+    try:
+        model(input_ids=next(batches())[0], task_names=["first"] * BATCH)
+    except ValueError as error:
+        (folder / f"mixed{rank}.txt").write_text(str(error))
 
     model = prepare_model(quantized_bert(), sharded=True)
     fully_shard(model)
