@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from prequant_ext import checkpoint, hf
 from prequant_ext.baselines import METHODS
@@ -20,7 +20,7 @@ from prequant_ext.glue.error_map import error_map, write_error_map
 from prequant_ext.glue.experiments import EXPERIMENTS
 from prequant_ext.glue.inspection import Inspection, inspect_float, inspect_quantized
 from prequant_ext.glue.model_page import model_page
-from prequant_ext.glue.models import classifier_class, resolve_model
+from prequant_ext.glue.models import classifier_class, load_tokenizer, resolve_model
 from prequant_ext.glue.page import RUNS_FILE, Study, page
 from prequant_ext.glue.runner import SEARCH_TASK, SEEDS, Plan, describe, identity, progress, read_lines, run, scores_of
 from prequant_ext.glue.tasks import get_task, load_rows
@@ -78,8 +78,8 @@ def _model_class(config: Any) -> Any:
 def _tokenizer(path: str) -> Any:
     """The model's tokenizer, or None where it has none: a model can be quantized without."""
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError):
+        return load_tokenizer(path)
+    except FileNotFoundError:
         return None
 
 
@@ -190,7 +190,7 @@ def evaluate_directory(
         if held != task_name:
             raise ValueError(f"{task_file} holds the task {held!r}, wanted {task_name!r}")
     model, metadata = load_with_task(name, task_file, task.num_labels)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = load_tokenizer(name)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     recorded = metadata.get("max_length") or _recorded_length(Path(name), task_name)
@@ -241,16 +241,14 @@ def export_onnx_directory(name: str, task_file: Path | None, out: Path) -> OnnxF
 def language_model(name: str, task_file: Path | None) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer) of a causal language model, float or quantized, with a task in it where a file is named.
 
-    Raises FileNotFoundError; ValueError where it is another kind of model or has no tokenizer, or as load_task.
+    Raises FileNotFoundError where there is none, or no tokenizer beside it; ValueError where it is another kind of model, or as load_task.
     """
     path = resolve_model(name)
     own_config = model_config(path)
     architecture = next(iter(own_config.architectures or ()), "none")
     if not architecture.endswith(CAUSAL_LM_HEADS):
         raise ValueError(f"{name} must be a causal language model, but its config.json names the architecture {architecture}")
-    tokenizer = _tokenizer(path)
-    if tokenizer is None:
-        raise ValueError(f"{name} has no tokenizer")
+    tokenizer = load_tokenizer(path)
     model = _model_class(own_config).from_pretrained(path)
     if task_file is not None:
         load_task(model, task_file)

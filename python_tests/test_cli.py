@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,17 @@ def test_a_label_outside_the_range_names_file_and_line(base, tmp_path):
         (tmp_path / "rte" / f"{split}.jsonl").write_text(json.dumps({"sentence1": "a", "sentence2": "b", "label": label}) + "\n")
     result = run("finetune", base, "--task", "rte", "--data-dir", tmp_path, "-o", tmp_path / "out", expect=2)
     assert f"{tmp_path}/rte/validation.jsonl:1: label of rte must be an integer from 0 to 1, got 7" in result.stderr
+
+
+def test_a_model_without_a_tokenizer_is_quantized_but_not_trained(float_model, tasks, tmp_path):
+    """transformers would make one of its own, to which every word is unknown."""
+    shutil.copytree(float_model, tmp_path / "mute", ignore=lambda _, names: [name for name in names if "token" in name or "vocab" in name])
+    run("quantize", tmp_path / "mute", "-o", tmp_path / "base", "--r", "3")
+    assert not list((tmp_path / "base").glob("token*"))
+    refused = run("finetune", tmp_path / "base", *TRAIN, "--task", "sst2", "-o", tmp_path / "out", expect=2)
+    assert "base has no tokenizer: looked for" in refused.stderr and not (tmp_path / "out").exists()
+    refused = run("eval", tmp_path / "base", "--task", "sst2", "--data", "synthetic", "--task-file", tasks / "sst2.task", expect=2)
+    assert "base has no tokenizer: looked for" in refused.stderr
 
 
 def test_a_full_disk_exits_1(float_model, tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def command(*arguments):
         (("{base}", "{sst2}", "--task-dir", "{sst2}"), "task_dir must be a folder"),
         (("{base}", "{nameless}"), "its metadata must have a number num_labels"),
         (("{scales}", "{scaled}"), "task_names needs tasks of outlier weights"),
-        (("{mute}", "{sst2}"), "has no tokenizer, which a server needs"),
+        (("{mute}", "{sst2}"), "has no tokenizer: looked for"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

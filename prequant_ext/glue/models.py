@@ -35,15 +35,29 @@ def classifier_class(path: str) -> Any:
     return T5EncoderForSequenceClassification if AutoConfig.from_pretrained(path).model_type == "t5" else AutoModelForSequenceClassification
 
 
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of the model at ``path``, a directory or a name on the hub. Raises FileNotFoundError where it has none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise FileNotFoundError(f"{path} has no tokenizer: {str(error).splitlines()[0]}") from error
+    # Where there are no files transformers makes a tokenizer from the model's type, with an empty vocabulary: every word would be unknown.
+    names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in names):
+        raise FileNotFoundError(f"{path} has no tokenizer: looked for {', '.join(sorted(names))}")
+    return tokenizer
+
+
 def load_model(path: str, task: Task, seed: int) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer): the task's head on the backbone, float or quantized as it lies there.
 
     Head tensors that the checkpoint does not hold are drawn from ``seed`` by :func:`initialise_head`, so all methods start from the same head.
 
-    Raises OSError where there is no such model.
+    Raises OSError where there is no such model, or no tokenizer beside it.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model, loading = classifier_class(path).from_pretrained(path, num_labels=task.num_labels, dtype=torch.float32, output_loading_info=True)
+    model_class = classifier_class(path)
+    tokenizer = load_tokenizer(path)
+    model, loading = model_class.from_pretrained(path, num_labels=task.num_labels, dtype=torch.float32, output_loading_info=True)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     initialise_head(model, loading["missing_keys"], seed)

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from prequant_ext.glue.batches import Collator
-from prequant_ext.glue.models import classifier_class
+from prequant_ext.glue.models import classifier_class, load_tokenizer
 from prequant_ext.glue.tasks import TASKS
 from prequant_ext.pipeline import model_config
 from prequant_ext.serve.settings import MIN_LENGTH, Settings
@@ -71,7 +70,7 @@ class Backbone:
         self.model = classifier_class(directory).from_pretrained(directory, num_labels=num_labels, dtype=torch.float32, ignore_mismatched_sizes=True).eval()
         self.base = fingerprint(self.model)
         self.shapes = {key: parameter.shape for key, parameter in task_tensors(self.model).items()}
-        self.tokenizer = _tokenizer(directory)
+        self.tokenizer = load_tokenizer(directory)
         self.collate = Collator(self.tokenizer)
         if self.model.config.pad_token_id is None:
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -158,18 +157,6 @@ def _answer(task: ServedTask, logits: Tensor, encoded: Any) -> Answer:
     else:
         answer["score"] = logits[0].item()
     return answer | {"tokens": len(encoded["input_ids"]), "is_cut": any(one.overflowing for one in encoded.encodings or ())}
-
-
-def _tokenizer(directory: str) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise FileNotFoundError(f"{directory} has no tokenizer, which a server needs: {str(error).splitlines()[0]}") from error
-    # Where there are no files transformers makes a tokenizer from the model's type, with an empty vocabulary: every word would be unknown.
-    names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
-    if Path(directory).is_dir() and not any((Path(directory) / name).is_file() for name in names):
-        raise FileNotFoundError(f"{directory} has no tokenizer, which a server needs: looked for {', '.join(sorted(names))}")
-    return tokenizer
 
 
 def _number(path: Path, metadata: Mapping[str, str], key: str, default: int | None = None) -> int:
