@@ -17,7 +17,7 @@ from prequant_ext import reference
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
-import gpu_model
+import gpu_launches
 
 pytestmark = [pytest.mark.gate, pytest.mark.slow]
 
@@ -26,7 +26,7 @@ SECTORS = 1.05  # of what the requests' bytes would fill
 SHAPES = {"768 x 3072": (768, 3072), "4096 x 1024": (1024, 1024), "4096 x 4096": (512, 4096)}  # N as cropped, K
 TOKENS = {1: 1024, 16: 512, 64: 512, 512: 256}  # M, and N at most
 DEPTH_OF_MANY = 1024  # K at most, for 512 tokens
-EMULATED = next(gpu for gpu in gpu_model.GPUS if gpu.name == "A100")  # dispatch.h: what the launchers believe to run on
+EMULATED = next(gpu for gpu in gpu_launches.GPUS if gpu.name == "A100")  # dispatch.h: what the launchers believe to run on
 ALIGNED_STATICS = 1024  # the emulator begins each static variable, and the dynamic part behind them, on a multiple of 128 bytes or more
 MAIN = {
     "linear_w4a16": ("gemv_kernel", "linear_w4a16_kernel"),
@@ -80,7 +80,7 @@ def test_traffic_is_ideal(operator, shape, M, traced_library):
     traced = run(operator, M, N, K)
     assert not traced.findings, traced.table()
 
-    predicted = next(launch for launch in gpu_model.launches(operator, M, N, K, EMULATED) if launch.kernel in MAIN[operator])
+    predicted = next(launch for launch in gpu_launches.launches(operator, M, N, K, EMULATED) if launch.kernel in MAIN[operator])
     # Of all the operator's kernels together: a small one may waste what does not matter. A gathered column of x is a sector a row, however few its bytes.
     sectors = sum(kernel.sectors_read + kernel.sectors_written for kernel in traced.kernels.values())
     ideal = sum(kernel.ideal_sectors_read + kernel.ideal_sectors_written for kernel in traced.kernels.values())
@@ -117,14 +117,14 @@ def test_traffic_without_tensor_cores_is_ideal(shape, M, traced_library):
 @pytest.mark.parametrize("M", [1, 5, 16, 17, 64, 65, 300])
 @pytest.mark.parametrize("operator", MAIN)
 def test_model_predicts_the_launches(operator, M, architecture, traced_library, monkeypatch):
-    """The regimes, grids and blocks' sizes that bench/gpu_model.py computes with are those of the launchers."""
-    gpu = next(gpu for gpu in gpu_model.GPUS if gpu.architecture == architecture)
+    """The regimes, grids and blocks' sizes that bench/gpu_launches.py computes are those of the launchers."""
+    gpu = next(gpu for gpu in gpu_launches.GPUS if gpu.architecture == architecture)
     monkeypatch.setenv("PREQUANT_EMULATED_SM", str(gpu.architecture))
     monkeypatch.setenv("PREQUANT_EMULATED_MULTIPROCESSORS", str(gpu.multiprocessors))
     N, K = 320, 320
-    predicted = [launch for launch in gpu_model.launches(operator, M, N, K, gpu) if launch.kernel not in ("quantize_activations_kernel", "cublas")]
+    predicted = [launch for launch in gpu_launches.launches(operator, M, N, K, gpu) if launch.kernel not in ("quantize_activations_kernel", "cublas")]
     if any(launch.kernel == "dequantize_kernel" for launch in predicted):
-        assert gpu_model.regime(M, N * K, architecture) == "dense"
+        assert gpu_launches.regime(M, N * K, architecture) == "dense"
         return
     traced = run(operator, M, N, K, r=0)
     assert set(traced.kernels) == {launch.kernel for launch in predicted}

@@ -9,14 +9,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
+import gpu_launches
 import gpu_model
 from cubins import Kernel
 
 BENCH = Path(__file__).parent.parent / "bench"
 MISSED = {("3090", 16): "86 tiles on 82 multiprocessors: four of them have two"}
 
-A100 = next(gpu for gpu in gpu_model.GPUS if gpu.name == "A100")
-T4 = gpu_model.GPUS[0]
+A100 = next(gpu for gpu in gpu_launches.GPUS if gpu.name == "A100")
+T4 = gpu_launches.GPUS[0]
 
 
 def loop_of(**opcodes: int) -> dict[str, int]:
@@ -24,7 +25,7 @@ def loop_of(**opcodes: int) -> dict[str, int]:
 
 
 def test_an_ideal_cublas_is_bound_by_its_bytes_and_then_by_its_products():
-    few, many = (gpu_model.microseconds(gpu_model.cublas(M, 11008, 4096), A100, {}) for M in (1, 8192))
+    few, many = (gpu_model.microseconds(gpu_launches.cublas(M, 11008, 4096), A100, {}) for M in (1, 8192))
     assert few["DRAM"] == pytest.approx((11008 * 4096 + 4096 + 11008) * 2 / 1555e3)
     assert few["DRAM"] > 50 * few["tensor cores"]
     assert many["tensor cores"] == pytest.approx(2 * 8192 * 11008 * 4096 / 312e6)
@@ -51,18 +52,18 @@ def test_products_of_a_turn_know_the_shapes():
 def test_counts_are_at_least_what_the_product_needs(operator, M):
     """No regime reads less than the codes and x, or multiplies less than M N K; padding and re-reading cost at most what a tile can waste."""
     N, K = 11008, 4096
-    for gpu in gpu_model.GPUS:
-        launches = gpu_model.launches(operator, M, N, K, gpu)
+    for gpu in gpu_launches.GPUS:
+        launches = gpu_launches.launches(operator, M, N, K, gpu)
         products = sum(launch.products for launch in launches)
         assert M * N * K <= products <= 2.1 * max(16, M) * N * K
         assert sum(launch.dram_bytes for launch in launches) >= N * K / 2 + M * K
 
 
-@pytest.mark.parametrize("gpu", gpu_model.GPUS, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("gpu", gpu_launches.GPUS, ids=lambda gpu: gpu.name)
 def test_targets_have_a_figure_for_every_gpu(gpu):
     for figures in gpu_model.TARGETS.values():
-        assert len(figures) == len(gpu_model.GPUS)
-        target = figures[gpu_model.GPUS.index(gpu)]
+        assert len(figures) == len(gpu_launches.GPUS)
+        target = figures[gpu_launches.GPUS.index(gpu)]
         assert target is None or target[1] is None or target[0] <= target[1]
 
 
@@ -93,7 +94,7 @@ def test_everything_it_prints_is_labelled_a_model(nvcc):
 @pytest.mark.gate
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("gpu", gpu_model.GPUS, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("gpu", gpu_launches.GPUS, ids=lambda gpu: gpu.name)
 def test_few_tokens_reach_the_targets(gpu, nvcc):
     """What the main loop's instructions and the grid allow is not below what is asked for, but where MISSED says so: an entry that is reached goes."""
     kernels = gpu_model.sass()[gpu.architecture]
