@@ -2,13 +2,13 @@
 
 import importlib.util
 
+from prequant_ext.bit_allocation import propose_layer_bits, sensitivity
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.embedding import PreQuantEmbedding
 from prequant_ext.families import FAMILIES, Family
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import PlanRow, Report, plan, quantize_model, trainable_parameters
 from prequant_ext.prepare import prepare_model
-from prequant_ext.sensitivity import propose_layer_bits, sensitivity
 from prequant_ext.task import active_task, add_task, list_tasks, load_task, merge, remove_task, save_task, set_task, task_parameters
 
 if importlib.util.find_spec("transformers") is not None:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from prequant_ext import checkpoint, hf
 from prequant_ext.baselines import METHODS
+from prequant_ext.bit_allocation import Proposal, propose_layer_bits
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.console import say
 from prequant_ext.export import OnnxFile, export_onnx
@@ -27,7 +28,6 @@ from prequant_ext.glue.tasks import get_task, load_rows
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import PlanRow, Report, merge, plan, quantize_model
 from prequant_ext.perplexity import exp_mean, token_losses, window_sizes
-from prequant_ext.sensitivity import Proposal, propose_layer_bits
 from prequant_ext.task import load_task
 from prequant_ext.task_file import read_task, write_atomically
 

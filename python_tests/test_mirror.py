@@ -55,7 +55,7 @@ def test_imports_point_down_only():
         ["linear", "embedding", "families", "doctor", "t5_encoder", "perplexity"],
         ["blocks", "sites", "report"],
         ["model"],
-        ["row_tasks", "checkpoint", "task_file", "prepare", "sensitivity"],
+        ["row_tasks", "checkpoint", "task_file", "prepare", "bit_allocation"],
         ["hf", "task", "export", "peft"],
         ["baselines"],
         ["glue"],

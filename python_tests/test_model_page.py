@@ -14,11 +14,11 @@ from tiny_models import Plain, tiny_model
 from typer.testing import CliRunner
 
 from prequant_ext import cli, pipeline, task
+from prequant_ext.bit_allocation import propose_layer_bits
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.glue.error_map import MatrixError, write_error_map
 from prequant_ext.glue.inspection import clip_range, histogram, inspect_float, recurrences, task_changes, telling
 from prequant_ext.glue.model_page import model_page
-from prequant_ext.sensitivity import propose_layer_bits
 
 CONFIG = PreQuantConfig(r=2)
 SECTIONS = ["coverage", "error", "dimensions", "histograms", "sensitivity"]

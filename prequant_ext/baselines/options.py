@@ -18,7 +18,7 @@ class Options:
     group_size          ptq, qat: weights of a row that share a scale; it must divide each matrix's K
     calibration         batches that ptq, qat and quadapter set their ranges with
     activation_groups   ptq: ranges for the channels of a matrix, each for those whose own ranges are alike (Bondarenko et al., 2021); 1: a single one
-    bits_per_weight     PreQuant's own: the bits of blocks within this average, by what each loses (sensitivity.py), in the place of the config's
+    bits_per_weight     PreQuant's own: the bits of blocks within this average, by what each loses (bit_allocation.py), in the place of the config's
     rank                lora, qlora: of the update
     refinements         alphatuning: alternations of the binary coding after its greedy start
     calibration_steps   quadapter: of Adam, on each block

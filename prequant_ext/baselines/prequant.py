@@ -5,9 +5,9 @@ import dataclasses
 from torch import nn
 
 from prequant_ext.baselines.options import Options
+from prequant_ext.bit_allocation import propose_layer_bits, sensitivity
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.model import quantize_model, trainable_parameters
-from prequant_ext.sensitivity import propose_layer_bits, sensitivity
 
 
 def prepare(model: nn.Module, options: Options) -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prequant_ext.bit_allocation import Sensitivity, sensitivity
 from prequant_ext.blocks import Block, block_holding, blocks_of
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.linear import PreQuantLinear, is_conv1d
 from prequant_ext.model import quantize_model
 from prequant_ext.outliers import AXES
 from prequant_ext.report import Report, ReportRow
-from prequant_ext.sensitivity import Sensitivity, sensitivity
 from prequant_ext.sites import family_of, role_of
 from prequant_ext.task_file import fingerprint, read_task
 

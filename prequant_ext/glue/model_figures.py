@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from prequant_ext.bit_allocation import Choice, Proposal
 from prequant_ext.blocks import Block
 from prequant_ext.glue.figures import COLOURS, INK, grid, svg
 from prequant_ext.glue.inspection import ClipRange, Inspection, Matrix, Recurrence, TaskChange, clip_range, histogram, telling
-from prequant_ext.sensitivity import Choice, Proposal
 
 COLUMNS = 40  # of a map of dimensions: the rest recurs least
 CELL = 0.19  # inches, the height of a matrix's row

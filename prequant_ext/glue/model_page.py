@@ -5,13 +5,13 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from prequant_ext.bit_allocation import Choice, Proposal, Sensitivity, best_choices, block_options
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.glue import model_figures as figures
 from prequant_ext.glue.inspection import Inspection, Matrix, Recurrence, TaskChange, clip_range, histogram, recurrences, task_changes, telling
 from prequant_ext.glue.page import sections as run_sections
 from prequant_ext.glue.template import Section, code, details, paragraph, render, table
 from prequant_ext.report import grouped
-from prequant_ext.sensitivity import Choice, Proposal, Sensitivity, best_choices, block_options
 
 RANKED = 15  # dimensions in the table of those that recur most
 SHOWN_SETTINGS = ("bits", "strategy", "r", "axis", "selector", "activation_bits", "embedding_bits")  # with their defaults, too

@@ -9,10 +9,10 @@ import pytest
 from tiny_models import Plain, assert_unchanged, snapshot, tiny_model
 
 import prequant_ext
+from prequant_ext.bit_allocation import Choice, best_choices, block_options, propose_bits, propose_layer_bits, rules_of, sensitivity
 from prequant_ext.blocks import Block, bits_by_block, blocks_of
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.model import quantize_model
-from prequant_ext.sensitivity import Choice, best_choices, block_options, propose_bits, propose_layer_bits, rules_of, sensitivity
 from prequant_ext.sites import family_of
 
 
