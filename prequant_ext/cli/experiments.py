@@ -13,6 +13,7 @@ from prequant_ext.glue.experiments import ERROR_MAP, EXPERIMENTS
 from prequant_ext.glue.runner import SEARCHES
 
 SEARCH_HELP = "of learning rates: for each row and task; once a method; or quick, none, and only the first task and seed 0 unless others are named"
+RATES_HELP = "learning rates that are not searched, such as ft=1e-4,mrpc/prequant=5e-3; rows with a grid of their own (wide ones of table4) still search it"
 Named = Enum("Named", {name: name for name in (*EXPERIMENTS, ERROR_MAP)}, type=str)  # type: ignore[misc]
 Search = Enum("Search", {name: name for name in SEARCHES}, type=str)  # type: ignore[misc]
 
@@ -26,7 +27,7 @@ def experiment(
     seeds: Annotated[str | None, typer.Option(help="separated by commas; the lowest one searches learning rates (default: 0,1,2)")] = None,
     search: Annotated[Search, typer.Option(help=SEARCH_HELP)] = Search.each,  # type: ignore[attr-defined]
     quick: Annotated[bool, typer.Option("--quick", help="the same as --search quick: a look at an experiment in minutes")] = False,
-    rates: Annotated[str | None, typer.Option(help="learning rates that are not searched, such as ft=1e-4,mrpc/prequant=5e-3")] = None,
+    rates: Annotated[str | None, typer.Option(help=RATES_HELP)] = None,
     epochs: int = 3,
     max_train: Annotated[int | None, typer.Option(help="training rows of every task (default: 4000 of sst2 and qnli, all of the others)")] = None,
     data_dir: DataDir = None,
