@@ -126,7 +126,7 @@ def _curves(axes: Any, name: str, plan: Plan, task: str, lines: Sequence[Line]) 
         elif found:
             mean, _ = _points(found)
             axes.axhline(mean, color=INK, linewidth=1, linestyle="--")
-            axes.text(0.99, mean, arm.title, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8, color=INK)
+            axes.text(0.01, mean, arm.title, transform=axes.get_yaxis_transform(), ha="left", va="bottom", fontsize=8, color=INK)
     for colour, (method, points) in zip(COLOURS, by_method.items(), strict=False):
         values, means, spreads = zip(*sorted(points), strict=True)
         axes.errorbar(values, means, spreads, color=colour, marker="o", markersize=4, capsize=2, label=METHODS[method].title)
