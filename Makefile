@@ -72,7 +72,7 @@ $(VENV)/.built: $(NATIVE) $(VENV)/.tools
 
 demo: $(VENV)/.built
 	@echo "== demo$(if $(DATA), on $(DATA))"
-	@$(BIN)/python -m prequant_ext.glue.demo $(if $(DATA),--data-dir $(DATA))
+	@$(BIN)/python -m prequant_ext.cli.demo $(if $(DATA),--data-dir $(DATA))
 
 test: $(VENV)/.built
 	@echo "== tests"
@@ -83,7 +83,7 @@ gate: $(VENV)/.built
 	@$(BIN)/python -m pytest -q -m gate $(PYTEST)
 
 budgets: $(VENV)/.built
-	@$(BIN)/python python_tests/cubins.py --budgets
+	@PYTHONPATH=python_tests $(BIN)/python -m tools.cubins --budgets
 
 gpu-model: $(VENV)/.built
 	@$(BIN)/python bench/gpu_model.py $(MODEL)
@@ -107,7 +107,7 @@ test-gpu: $(VENV)/.built
 	@$(if $(SANITIZER),for tool in memcheck racecheck initcheck; do \
 	    echo "== compute-sanitizer $$tool"; \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 --target-processes all \
-	        $(BIN)/python -m pytest -q -m cuda python_tests/test_gpu.py -k 'same_bits and ragged'; \
+	        $(BIN)/python -m pytest -q -m cuda python_tests/cuda/test_gpu.py -k 'same_bits and ragged'; \
 	done)
 
 bench-gpu: $(VENV)/.built

@@ -9,12 +9,12 @@ import hashlib
 import re
 from pathlib import Path
 
-from prequant_ext.glue.error_map import FILE as ERROR_MAP_FILE
-from prequant_ext.glue.error_map import read_error_map
-from prequant_ext.glue.experiments import ERROR_MAP
-from prequant_ext.glue.figures import AXES, figure, heat_map
-from prequant_ext.glue.page import RUNS_FILE, read_studies
-from prequant_ext.glue.runner import read_lines
+from prequant_ext.study.error_map import FILE as ERROR_MAP_FILE
+from prequant_ext.study.error_map import read_error_map
+from prequant_ext.study.experiments import ERROR_MAP
+from prequant_ext.study.figures import AXES, figure, heat_map
+from prequant_ext.study.page import RUNS_FILE, read_studies
+from prequant_ext.study.runner import read_lines
 from prequant_ext.task_file import write_atomically
 
 ROOT = Path(__file__).parent.parent

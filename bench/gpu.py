@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from gpu_at_hand import gap
 from torch import Tensor
 from torch.nn import functional
 
 import prequant_ext
+from gpu_at_hand import gap
 from prequant_ext import doctor, ops
 
 RESULTS = Path(__file__).parent / "results"

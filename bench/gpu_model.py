@@ -5,7 +5,7 @@
     python bench/gpu_model.py --json
 
 From the grid that the launcher would choose it counts bytes and tensor-core products; how often the main loop runs follows from these, and what one
-turn costs from its SASS (python_tests/cubins.py: needs nvcc, cuobjdump and nvdisasm). Each count is divided by the published rate of the GPU; the
+turn costs from its SASS (python_tests/tools/cubins.py: needs nvcc, cuobjdump and nvdisasm). Each count is divided by the published rate of the GPU; the
 slowest one is the time, on top of a fixed cost a launch. The peer is an ideal cuBLAS: its bytes and its products at the full published rate, one launch.
 
 What it leaves out: latencies inside a turn of the loop, the ring's filling, clocks below boost, cuBLAS's own losses. Reading the weight from L2 where the
@@ -22,9 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
 
-import cubins
-from budgets import blocks_per_multiprocessor
 from gpu_launches import GPUS, WARP, Gpu, Launch, cublas, launches
+from tools import cubins
+from tools.budgets import blocks_per_multiprocessor
 
 LABEL = "model, no GPU was used"
 

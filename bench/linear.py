@@ -16,15 +16,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import reporting
-import timing
 import torch
-from reporting import say
-from timing import ERROR_ROWS, SHAPES, TOKENS, Contender, Row, float64_product, relative_error
 from torch import Tensor, nn
 from torch.nn import functional
 
+import reporting
+import timing
 from prequant_ext import PreQuantConfig, PreQuantLinear, ops
+from reporting import say
+from timing import ERROR_ROWS, SHAPES, TOKENS, Contender, Row, float64_product, relative_error
 
 OPERATORS = ("w4a8", "w4a16", "dx", "outlier_grad")
 GRANULARITIES: dict[str, dict[str, Any]] = {

@@ -12,14 +12,14 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 
-import reporting
-import timing
 import torch
-from reporting import say
-from timing import Contender, Row
 from torch import Tensor, nn
 
+import reporting
+import timing
 from prequant_ext import PreQuantConfig, add_task, quantize_model, set_task, task_parameters
+from reporting import say
+from timing import Contender, Row
 
 FLOAT = "float32, no tasks"
 Call = Callable[[], Tensor]

@@ -11,15 +11,15 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 
-import reporting
-import timing
 import torch
-from reporting import say
-from timing import Contender, Row
 from torch import Tensor, nn
 
+import reporting
+import timing
 from prequant_ext import PreQuantConfig, quantize_model
-from prequant_ext.glue.measure import MB
+from prequant_ext.measure import MB
+from reporting import say
+from timing import Contender, Row
 
 FP32 = "torch fp32"
 

@@ -19,13 +19,14 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 import reporting
 import timing
-import torch
 from peer_layers import BASELINE, PACKAGES, PEERS, Call
 from reporting import say
 from timing import ERROR_ROWS, Contender, Row, float64_product, relative_error
-from torch import Tensor
 
 SLOW = 10  # times as slow as torch float32 and 50 ms: not timed again
 

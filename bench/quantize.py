@@ -25,15 +25,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import reporting
-import timing
 import torch
-from reporting import say
-from timing import Contender, Row
 from torch import Tensor
 
+import reporting
+import timing
 from prequant_ext import PreQuantConfig, ops, quantize_model
-from prequant_ext.glue.measure import MB, peak_bytes, resident_bytes
+from prequant_ext.measure import MB, peak_bytes, resident_bytes
+from reporting import say
+from timing import Contender, Row
 
 BITS, R, SIGMAS, INPUT = 4, 5, 3.0, 1
 TRIES = 3

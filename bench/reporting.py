@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Peaks, Row
 
 import prequant_ext
 from prequant_ext import doctor
+from timing import Peaks, Row
 
 ROOT = Path(__file__).parent.parent
 ERRORS = {"error": "error", "error_with_float_weights": "error with float weights"}

@@ -21,13 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import torch
+
 import reporting
 import timing
-import torch
-from timing import Row
-
 from prequant_ext import PreQuantConfig, add_task, quantize_model, save_task
 from prequant_ext.task_file import task_tensors
+from timing import Row
 
 TASKS = (1, 4, 16)
 WORDS = [f"word{number}" for number in range(1000)]

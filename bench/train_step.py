@@ -24,15 +24,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any
 
-import reporting
-import timing
 import torch
-from reporting import say
-from timing import Contender, Row, Samples
 from torch import nn
 
+import reporting
+import timing
 from prequant_ext import PreQuantConfig, quantize_model, trainable_parameters
-from prequant_ext.glue.measure import MB, peak_bytes, resident_bytes
+from prequant_ext.measure import MB, peak_bytes, resident_bytes
+from reporting import say
+from timing import Contender, Row, Samples
 
 FULL = "full fp32"
 LINEARS = ["query", "key", "value", "dense"]  # of the encoder

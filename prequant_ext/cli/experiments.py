@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from prequant_ext.cli.app import app
+from prequant_ext.cli.console import FAILED, exit_codes, quiet_libraries, say
 from prequant_ext.cli.options import Data, DataDir, Overwrite, Source, refuse_existing
-from prequant_ext.console import FAILED, exit_codes, quiet_libraries, say
-from prequant_ext.glue.experiments import ERROR_MAP, EXPERIMENTS
-from prequant_ext.glue.runner import SEARCHES
+from prequant_ext.study.experiments import ERROR_MAP, EXPERIMENTS
+from prequant_ext.study.runner import SEARCHES
 
 SEARCH_HELP = "of learning rates: for each row and task; once a method; or quick, none, and only the first task and seed 0 unless others are named"
 RATES_HELP = "learning rates that are not searched, such as ft=1e-4,mrpc/prequant=5e-3; rows with a grid of their own (wide ones of table4) still search it"
@@ -43,16 +43,16 @@ def experiment(
     """
     with exit_codes():
         quiet_libraries()
-        from prequant_ext import pipeline
+        from prequant_ext import directory
 
         how = "quick" if quick else search.value
         if name.value == ERROR_MAP:
-            pipeline.measure_errors(model, out)
+            directory.measure_errors(model, out)
             return say(f"wrote {out / 'fig4.json'}; prequant report draws it")
-        study, path = pipeline.plan_experiment(name.value, model, tasks, seeds, how, data.value, data_dir, epochs, max_train, rates)
+        study, path = directory.plan_experiment(name.value, model, tasks, seeds, how, data.value, data_dir, epochs, max_train, rates)
         if only_list:
-            return pipeline.list_experiment(study, out, jobs)
-        failed = pipeline.run_experiment(study, path, out, data_dir, threads, jobs, processes)
+            return directory.list_experiment(study, out, jobs)
+        failed = directory.run_experiment(study, path, out, data_dir, threads, jobs, processes)
         if failed:
             say(f"{len(failed)} runs failed; the same command tries them again")
             raise typer.Exit(FAILED)
@@ -68,7 +68,7 @@ def report(
     with exit_codes():
         refuse_existing(out, overwrite)
         quiet_libraries()
-        from prequant_ext import pipeline
+        from prequant_ext import directory
 
-        pipeline.write_report(runs, out)
+        directory.write_report(runs, out)
         say(f"wrote {out}")

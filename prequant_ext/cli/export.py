@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from prequant_ext.cli.app import app
+from prequant_ext.cli.console import exit_codes, quiet_libraries, say, show_json
 from prequant_ext.cli.models import merge
 from prequant_ext.cli.options import AsJson, Overwrite, megabytes, refuse_existing
-from prequant_ext.console import exit_codes, quiet_libraries, say, show_json
 
 export = typer.Typer(
     help="Write a quantized directory for programs without this package: float weights (hf), from which other converters go on, or ONNX. "
@@ -36,9 +36,9 @@ def onnx(
     with exit_codes():
         refuse_existing(out, overwrite)
         quiet_libraries()
-        from prequant_ext import pipeline
+        from prequant_ext import directory
 
-        written = pipeline.export_onnx_directory(model, task_file, out)
+        written = directory.export_onnx_directory(model, task_file, out)
         if written.drops_activation_bits:
             say("activations are float in the file: MatMulNBits has no 8-bit ones, so its results differ from this model's by what they round")
         if as_json:

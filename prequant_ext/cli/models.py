@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from prequant_ext.cli.app import app
+from prequant_ext.cli.console import exit_codes, quiet_libraries, say, show, show_json
 from prequant_ext.cli.options import (
     ActivationBits,
     ActivationGranularity,
@@ -35,7 +36,6 @@ from prequant_ext.cli.options import (
     refuse_existing,
 )
 from prequant_ext.config import PreQuantConfig
-from prequant_ext.console import exit_codes, quiet_libraries, say, show, show_json
 
 
 @app.command(epilog="Example: prequant quantize minilm -o base --r 5")
@@ -54,9 +54,9 @@ def quantize(
         )  # fmt: skip
         refuse_existing(out, overwrite)
         quiet_libraries()
-        from prequant_ext import pipeline
+        from prequant_ext import directory
 
-        report = pipeline.quantize_directory(model, config, out)
+        report = directory.quantize_directory(model, config, out)
         if as_json:
             show_json({"out": str(out), "config": config.to_dict(), "report": report.to_dict()})
         else:
@@ -95,21 +95,21 @@ def inspect(
         if out is not None:
             refuse_existing(out, overwrite)
         quiet_libraries()
-        from prequant_ext import pipeline
+        from prequant_ext import directory
 
-        is_quantized = pipeline.is_quantized_directory(model)
+        is_quantized = directory.is_quantized_directory(model)
         if is_quantized and (dry_run or config != PreQuantConfig()):
             raise ValueError(f"{model} is quantized already: --dry-run and the options of quantize are for float models")
         if dry_run:
             return _show_plan(model, config, as_json)
         proposal = None
         if out is not None or limits is not None:
-            inspection = pipeline.inspected(model, config)
-            report, proposal = inspection.report, pipeline.proposed(inspection, limits)
+            inspection = directory.inspected(model, config)
+            report, proposal = inspection.report, directory.proposed(inspection, limits)
             if out is not None:
-                pipeline.write_model_page(inspection, proposal, task_file or [], runs, out)
+                directory.write_model_page(inspection, proposal, task_file or [], runs, out)
         else:
-            report = pipeline.stored_report(model) if is_quantized else pipeline.quantized(model, config)[2]
+            report = directory.stored_report(model) if is_quantized else directory.quantized(model, config)[2]
         if as_json:
             found = {"model": model, "report": report.to_dict(), "coverage": report.coverage, "l2_error": report.l2_error}
             show_json(found | ({"proposal": proposal.to_dict()} if proposal else {}))
@@ -123,13 +123,13 @@ def inspect(
 
 
 def _show_plan(model: str, config: PreQuantConfig, as_json: bool) -> None:
-    from prequant_ext import pipeline
+    from prequant_ext import directory
 
-    rows = pipeline.plan_of(model, config)
+    rows = directory.plan_of(model, config)
     if as_json:
         show_json({"model": model, "config": config.to_dict(), "plan": [dataclasses.asdict(row) for row in rows]})
     else:
-        show(*pipeline.plan_table(rows))
+        show(*directory.plan_table(rows))
 
 
 @app.command(epilog="Example: prequant merge base --task-file tasks/sst2.task -o sst2-float")
@@ -144,9 +144,9 @@ def merge(
     with exit_codes():
         refuse_existing(out, overwrite)
         quiet_libraries()
-        from prequant_ext import pipeline
+        from prequant_ext import directory
 
-        size = pipeline.merge_directory(model, task_file, out)
+        size = directory.merge_directory(model, task_file, out)
         if as_json:
             show_json({"out": str(out), "bytes": size})
         else:

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from prequant_ext.cli.app import app
+from prequant_ext.cli.console import exit_codes, quiet_libraries, show, show_json
 from prequant_ext.cli.options import AsJson
-from prequant_ext.console import exit_codes, quiet_libraries, show, show_json
 
 
 @app.command(epilog="Example: prequant perplexity base --text wiki.txt --compare gpt2")
@@ -28,9 +28,9 @@ def perplexity(
     """
     with exit_codes():
         quiet_libraries()
-        from prequant_ext import pipeline
+        from prequant_ext import directory
 
-        result = pipeline.perplexities(model, task_file, compare, text, max_length, stride, max_tokens)
+        result = directory.perplexities(model, task_file, compare, text, max_length, stride, max_tokens)
         if as_json:
             return show_json(result | {"text": str(text), "task_file": None if task_file is None else str(task_file)})
         rows = [(model if task_file is None else f"{model} with {task_file}", f"{result['perplexity']:,.3f}")]

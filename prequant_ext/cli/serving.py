@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from prequant_ext.cli.app import app
+from prequant_ext.cli.console import FAILED, exit_codes, quiet_libraries, say, show, show_json
 from prequant_ext.cli.options import AsJson
-from prequant_ext.console import FAILED, exit_codes, quiet_libraries, say, show, show_json
 
 EXTRA = ("fastapi", "starlette", "pydantic", "uvicorn")
 

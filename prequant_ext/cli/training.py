@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prequant_ext.cli.app import app
+from prequant_ext.cli.console import exit_codes, quiet_libraries, say, show, show_json
 from prequant_ext.cli.options import AsJson, Data, DataDir, Out, Overwrite, Source, Task, megabytes, refuse_existing
-from prequant_ext.console import exit_codes, quiet_libraries, say, show, show_json
 from prequant_ext.glue.tasks import TASKS
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: --help and a mistyped option need neither
@@ -119,9 +119,9 @@ def evaluate(
     """Score a fine-tuned model on the validation rows."""
     with exit_codes():
         quiet_libraries()
-        from prequant_ext import pipeline
+        from prequant_ext import directory
 
-        scores, length = pipeline.evaluate_directory(model, task.value, task_file, data_dir, data.value, max_length)
+        scores, length = directory.evaluate_directory(model, task.value, task_file, data_dir, data.value, max_length)
         if as_json:
             show_json({"model": model, "task": task.value, "data": data.value, "max_length": length, "scores": scores, "score": next(iter(scores.values()))})
         else:

@@ -19,10 +19,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from prequant_ext import measure
 from prequant_ext.baselines import METHODS, Options
 from prequant_ext.baselines.prequant_ticket import L1Distance, overlap
 from prequant_ext.config import PreQuantConfig
-from prequant_ext.glue import measure, metrics
+from prequant_ext.glue import metrics
 from prequant_ext.glue.batches import Collator, Example, by_length, encode
 from prequant_ext.glue.models import load_model, make_ready
 from prequant_ext.glue.tasks import Task, get_task, load_rows

@@ -6,7 +6,7 @@
 #pragma once
 
 #ifndef PREQUANT_EMULATED_ISA
-#error "only for the test libraries of python_tests/cpu_variants.py"
+#error "only for the test libraries of python_tests/support/cpu_variants.py"
 #endif
 
 #define _IMMINTRIN_H_INCLUDED  // the parts ask for it, and the whole stays out

@@ -1,0 +1,1 @@
+"""The paper's tables and figures: which runs they take, the runs themselves, and what they show."""

@@ -1,0 +1,352 @@
+"""The paper's experiments: their arms, the order of their runs, what a restart skips, their tables."""
+
+import json
+import re
+import xml.etree.ElementTree
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from prequant_ext import cli, html_page
+from prequant_ext.baselines import METHODS
+from prequant_ext.config import PreQuantConfig
+from prequant_ext.glue import metrics, train
+from prequant_ext.linear import PreQuantLinear
+from prequant_ext.study import error_map, page, runner, tables
+from prequant_ext.study.experiments import EXPERIMENTS, GRIDS, Arm, Experiment
+from prequant_ext.study.runner import Plan, identity
+from support.tiny_checkpoint import save_float_model
+from support.tiny_models import Plain, tiny_model
+
+SMALL = Experiment("two arms", (Arm("full", "ft"), Arm("ours", "prequant", {"r": 3})), ("sst2",))
+
+
+def plan(search="quick", **changes) -> Plan:
+    return replace(Plan(SMALL, ("sst2", "mrpc"), (0, 1), search), **changes)
+
+
+def line(wanted, score=0.8, **changes):
+    """As the worker would have written it."""
+    counted = {"trainable_parameters": 10, "model_bytes": 2e6, "n_train": 100, "n_validation": 50, "quantization_error": None, "seconds": 1.0, "overlap": None}
+    counted |= {"labels": "1" * 50, "predictions": "1" * round(50 * score) + "0" * (50 - round(50 * score))}
+    return {"wanted": wanted, "score": score, "model": "tiny", "epochs": wanted["epochs"], "batch_size": wanted["batch_size"]} | counted | changes
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_arm_is_a_run_that_train_accepts(name):
+    experiment = EXPERIMENTS[name](6)
+    assert len({arm.title for arm in experiment.arms}) == len(experiment.arms) >= 3
+    for arm in experiment.arms:
+        wanted = Plan(experiment, experiment.tasks, (0,), "quick").settings(arm, "sst2", 1e-3, 0)
+        settings = train.Settings(model="m", **wanted)
+        PreQuantConfig.from_dict(settings.quantization or {})
+    assert identity(wanted) == identity(json.loads(json.dumps(wanted)))
+
+
+def test_every_method_has_learning_rates():
+    assert set(GRIDS) == set(METHODS) == set(train.LEARNING_RATES)
+    assert {len(grid) for grid in GRIDS.values()} == {3}  # searches of one size for all
+
+
+def test_thirds_of_the_blocks():
+    rules = [arm.quantization["layer_bits"] for arm in EXPERIMENTS["table5"](12).arms[1:5]]
+    assert rules == [{"layers.0-3": 2}, {"layers.0-7": 2}, {"layers.8-11": 2}, {"layers.4-11": 2}]
+    assert [arm.options["bits_per_weight"] for arm in EXPERIMENTS["table5"](12).arms[5:]] == pytest.approx([10 / 3, 8 / 3])  # of the same size
+    with pytest.raises(ValueError, match=r"table5 .* must have at least 3 blocks, got 2"):
+        EXPERIMENTS["table5"](2)
+
+
+def test_experiments_share_their_runs():
+    def runs(name: str) -> set[str]:
+        return {identity(wanted) for wanted in Plan(EXPERIMENTS[name](6), ("sst2",), (0, 1), "quick").possible([])}
+
+    assert len(runs("table1") & runs("table2")) == 4  # full fine-tuning and PreQuant, two seeds each
+    assert len(runs("table3") & runs("table4")) == 2
+    assert {json.loads(key)["max_train"] for key in runs("table6") & runs("table1")} == {4000}
+
+
+def test_quick_runs_everything_at_one_rate():
+    wanted = list(plan().possible([]))
+    assert len(wanted) == len(plan().every([])) == 8
+    assert {(run["method"], run["lr"]) for run in wanted} == {("ft", train.LEARNING_RATES["ft"]), ("prequant", train.LEARNING_RATES["prequant"])}
+
+
+def test_a_search_comes_first_and_its_best_rate_runs_the_other_seeds():
+    searching = plan("each")
+    first = list(searching.possible([]))
+    assert len(first) == 2 * 2 * 3 and {run["seed"] for run in first} == {0} and {run["epochs"] for run in first} == {3}
+    scores = {GRIDS["prequant"][0]: 0.7, GRIDS["prequant"][1]: 0.9, GRIDS["prequant"][2]: 0.9}
+    lines = [line(run, scores[run["lr"]]) for run in first if (run["method"], run["task"]) == ("prequant", "mrpc")]
+    after = [run for run in searching.possible(lines) if run["seed"] == 1]
+    assert [(run["method"], run["task"], run["lr"]) for run in after] == [("prequant", "mrpc", GRIDS["prequant"][1])]  # the smaller of two equals
+    assert len(searching.every([])) == 12 + 4  # seed 0 at the best rate has run in the search
+
+
+def test_the_estimate_goes_by_task_and_method_and_training_rows():
+    lines = [line(wanted, n_train=wanted["max_train"] or 200, seconds=30.0 if wanted["method"] == "ft" else 12.0) for wanted in plan(seeds=(0,)).possible([])]
+    missing = [wanted for wanted in plan(seeds=(1,)).possible([])]
+    assert runner.estimate(missing, lines) == pytest.approx(2 * (30 + 12))
+    longer = [wanted | {"epochs": 6, "max_train": 400} for wanted in missing if wanted["task"] == "mrpc"]
+    assert runner.estimate(longer, lines) == pytest.approx(4 * (30 + 12))
+    unseen = [missing[0] | {"method": "lora", "max_train": None}]
+    assert runner.estimate(unseen, [line for line in lines if line["wanted"]["task"] == "sst2"]) == pytest.approx((30 + 12) / 2)
+    assert runner.estimate(missing, []) is None
+
+
+def test_progress_counts_runs_whose_rate_is_not_known_yet():
+    searching = plan("each", seeds=(0, 1))
+    first = next(searching.possible([]))
+    assert runner.progress(searching, [], 2) == "0 of 16 runs done"
+    assert runner.progress(searching, [line(first, n_train=4000, seconds=480.0)], 2) == "1 of 16 runs done, about 60 minutes left"
+
+
+def test_a_table_grows_with_the_tasks_and_seeds_of_later_commands(tmp_path):
+    first = page.Study("table3", "tiny", 2, Plan(EXPERIMENTS["table3"](2), ("sst2",), (0, 1), "quick"))
+    later = replace(first, plan=replace(first.plan, tasks=("mrpc",), seeds=(0,)))
+    first.write(tmp_path)
+    joined = later.joined(tmp_path)
+    assert (joined.plan.tasks, joined.plan.seeds) == (("sst2", "mrpc"), (0, 1))
+    joined.write(tmp_path)
+    assert first.joined(tmp_path) == joined == page.Study.read(tmp_path / "table3.plan.json").joined(tmp_path)
+    other = replace(later, plan=replace(later.plan, epochs=1))
+    assert other.joined(tmp_path) == other
+    given = replace(later, plan=replace(later.plan, tasks=("rte",), rates={"rte/prequant": 0.5}))
+    assert (given.joined(tmp_path).plan.tasks, given.joined(tmp_path).plan.rates) == (("sst2", "mrpc", "rte"), {"rte/prequant": 0.5})
+    changed = replace(later, plan=replace(later.plan, rates={"mrpc/prequant": 0.5}))  # would show other runs of mrpc than those that the folder's study is of
+    assert changed.joined(tmp_path) == changed
+
+
+def test_a_rate_searched_once_serves_every_arm_of_its_method():
+    arms = (Arm("ours", "prequant", {}), Arm("wider", "prequant", {"r": 20}), Arm("drawn", "prequant_random", {}, seeds_selector=True))
+    searching = plan("once", experiment=Experiment("", arms))
+    first = {identity(run): run for run in searching.possible([])}
+    assert len(first) == 6 and {(run["task"], run["epochs"]) for run in first.values()} == {("sst2", 1)}
+    lines = [line(run, run["lr"]) for run in first.values()]
+    runs = {identity(run): run for run in searching.possible(lines)}
+    fixed = [run for key, run in runs.items() if key not in first]
+    assert len(fixed) == 3 * 2 * 2 and {run["lr"] for run in fixed} == {1e-2}
+    assert set(searching.every(lines)) == set(runs) and len(runs) == len(searching.every([])) == 18
+    assert {run["quantization"]["seed"] for run in fixed if run["method"] == "prequant_random"} == {0, 1}
+
+
+def test_an_arm_with_a_grid_of_its_own_searches_it():
+    arms = (Arm("ours", "prequant", {}), Arm("wide", "prequant", {"r": 20}, grid=(0.1, 0.2)))
+    searching = plan("once", experiment=Experiment("", arms), tasks=("sst2",), seeds=(0,))
+    first = list(searching.possible([]))
+    assert [(run["quantization"], run["lr"], run["epochs"]) for run in first[3:]] == [({"r": 20}, 0.1, 1), ({"r": 20}, 0.2, 1)] and len(first) == 5
+    lines = [line(run, run["lr"]) for run in first]
+    assert [(run["quantization"], run["lr"]) for run in searching.possible(lines) if run["epochs"] == 3] == [({}, 1e-2), ({"r": 20}, 0.2)]
+    assert [run["lr"] for run in plan("each", experiment=Experiment("", arms), tasks=("sst2",)).possible([])][3:] == [0.1, 0.2]
+    assert {run["lr"] for run in plan("quick", experiment=Experiment("", arms)).possible([])} == {train.LEARNING_RATES["prequant"], 0.2}
+    done = [*lines, *(line(run) for run in searching.possible(lines) if run["epochs"] == 3)]
+    assert "one for each method: prequant at 0.01, wide at 0.2." in "\n".join(tables.markdown(searching, done))
+
+
+def test_a_restart_runs_what_is_missing(tmp_path, monkeypatch):
+    calls = []
+
+    def perform(settings, threads, processes):
+        calls.append(settings)
+        if settings["seed"] == 1 and settings["method"] == "ft" and len(calls) < 20:
+            raise RuntimeError("exit code -9")
+        return {key: value for key, value in line(settings).items() if key not in ("wanted", "model")}
+
+    monkeypatch.setattr(runner, "perform", perform)
+    out, said = tmp_path / "runs" / "runs.jsonl", []
+    failed = runner.run(plan(), out, "tiny", "/models/tiny", "/glue", 1, 2, said.append)
+    assert len(failed) == 2 and len(calls) == 8 and all("ft, lr 5e-05, seed 1, 3 epochs" in message and "exit code -9" in message for message in failed)
+    assert {settings["model"] for settings in calls} == {"/models/tiny"} and "/models" not in out.read_text() and "/glue" not in out.read_text()
+    assert any("about" in message and "minutes left" in message for message in said)
+    with out.open("a") as file:
+        file.write('{"wanted": {"task": "ss')  # a kill in the middle of a line
+    calls += [None] * 20
+    assert runner.run(plan(), out, "tiny", "/models/tiny", "/glue", 1, 1, said.append) == []
+    assert len(calls) == 8 + 20 + 2 and len(runner.read_lines(out)) == 8
+    assert runner.run(plan(), out, "other", "/models/other", "/glue", 1, 4, said.append) == [] and len(runner.read_lines(out)) == 16
+
+
+def test_a_table_has_means_spreads_and_an_average_of_complete_tasks():
+    whole = plan(tasks=("sst2", "mrpc", "rte"))
+    lines = []
+    for run in whole.possible([]):
+        if run["method"] == "prequant" and run["task"] == "mrpc":
+            continue
+        error = 31.04 if run["method"] == "prequant" else None
+        lines.append(line(run, (0.7 if run["task"] == "rte" else 0.8) + 0.02 * run["seed"], quantization_error=error))
+    text = "\n".join(tables.markdown(whole, lines))
+    assert "| full | 81.00 ± 1.41 (2) | 81.00 ± 1.41 (2) | 71.00 ± 1.41 (2) | 76.00 | 10 | 2.0 MB |  |" in text
+    assert "| ours | 81.00 ± 1.41 (2) |  | 71.00 ± 1.41 (2) | 76.00 | 10 | 2.0 MB | 31.0 |" in text
+    two = "\n".join(tables.markdown(plan(), lines))
+    assert "| ours | 81.00 ± 1.41 (2) |  | 10 | 2.0 MB | 31.0 |" in two and "average" not in two  # one task is complete
+    assert "100 training rows" in text and "learning rates, fixed: ft at 5e-05, prequant at 0.005." in text
+    assert "overlap" not in text and "minus" not in text
+    assert tables.mean_and_spread([0.5]) == "50.00"
+
+
+def test_a_table_compares_with_one_arm_on_the_same_rows():
+    arms = (Arm("ours", "prequant", {}), Arm("drawn", "prequant_random", {}), Arm("full", "ft"))
+    compared = plan(experiment=Experiment("", arms, against="ours"), rates={"prequant": 1e-3, "prequant_random": 1e-3}, seeds=(0, 1, 2))
+    runs = [run for run in compared.possible([]) if run["method"] != "ft" and run["task"] == "sst2"]
+    scores = {"prequant": 0.8, "prequant_random": 0.7}
+    lines = [line(run, scores[run["method"]], overlap=0.25 if run["method"] == "prequant_random" else None) for run in runs]
+    text = "\n".join(tables.markdown(compared, lines[:-1]))  # of one arm only two seeds: those are compared
+    assert "| method | sst2 (accuracy) | minus ours | mrpc (accuracy) | minus ours | trained | model | overlap |" in text
+    assert "| ours | 80.00 ± 0.00 (3) |  |  |  | 10 | 2.0 MB |  |" in text
+    (row,) = [row for row in text.splitlines() if row.startswith("| drawn")]
+    _, low, high = map(
+        float, re.fullmatch(r"\| drawn \| 70\.00 ± 0\.00 \(2\) \| (-10\.00) \[(\S+), (\S+)\] \|  \|  \| 10 \| 2\.0 MB \| 0\.25 \|", row).groups()
+    )
+    assert -20 <= low <= -16 and -4 <= high < 0  # 10 points and 1.96 times sqrt(0.1 * 0.9 / 50), in steps of one row
+    assert "- not run: full." in text and "- learning rates, given: prequant at 0.001, prequant_random at 0.001." in text and "| full |" not in text
+    assert tables.difference([], lines) == tables.difference(lines[:1], lines[1:2]) == ""  # no seed is shared
+    assert "- overlap: the Jaccard overlap" in text
+    regression = [line(run | {"task": "stsb"}) for run in runs[:1]]
+    assert tables.difference(regression, regression) == ""
+
+
+def test_few_rows_are_compared_with_as_few():
+    few = plan(experiment=EXPERIMENTS["table6"](6), tasks=("sst2",), rates={"ft": 1e-4, "prequant": 5e-3}, seeds=(0,))
+    scores = {("ft", 500): 0.7, ("ft", 1000): 0.9, ("prequant", 500): 0.6, ("prequant", 1000): 0.6}
+    runs = {(run["method"], run["max_train"]): run for run in few.possible([])}
+    text = "\n".join(tables.markdown(few, [line(runs[cell], score) for cell, score in scores.items()]))
+    assert "| method | sst2 (accuracy) | minus full fine-tuning |" in text
+    assert "| full fine-tuning, 500 rows | 70.00 |  |" in text and "| full fine-tuning, 1,000 rows | 90.00 |  |" in text
+    assert "| PreQuant, 500 rows | 60.00 | -10.00 [" in text and "| PreQuant, 1,000 rows | 60.00 | -30.00 [" in text
+
+
+def test_given_rates_are_not_searched():
+    given = plan("each", rates={"prequant": 0.25})
+    runs = list(given.possible([]))
+    assert {run["lr"] for run in runs if run["method"] == "prequant"} == {0.25} and {run["lr"] for run in runs if run["method"] == "ft"} == set(GRIDS["ft"])
+    assert len(given.every([])) == 2 * (3 + 1) + 2 * 2
+
+
+def test_a_rate_given_for_a_task_is_of_that_task_and_of_arms_without_a_grid():
+    arms = (Arm("ours", "prequant", {}), Arm("wide", "prequant", {"r": 10}, grid=(1e-4, 2e-4, 3e-4)))
+    given = plan("once", experiment=Experiment("", arms), rates={"mrpc/prequant": 0.25, "prequant": 0.5})
+    assert [given.given(arm, task) for arm in arms for task in ("sst2", "mrpc")] == [0.5, 0.25, None, None]
+    searches = list(given.possible([]))[:3]
+    assert [run["lr"] for run in searches] == [1e-4, 2e-4, 3e-4]
+    lines = [line(run, score) for run, score in zip(searches, (0.7, 0.9, 0.8), strict=True)]
+    rates = {(run["task"], (run["quantization"] or {}).get("r")): run["lr"] for run in given.possible(lines) if run["epochs"] == given.epochs}
+    assert rates == {("sst2", None): 0.5, ("mrpc", None): 0.25, ("sst2", 10): 2e-4, ("mrpc", 10): 2e-4}
+    of_one = plan("once", experiment=Experiment("", arms[:1]), rates={"mrpc/prequant": 0.25})
+    searched = [line(run, score) for run, score in zip(list(of_one.possible([]))[:3], (0.7, 0.9, 0.8), strict=True)]
+    text = "\n".join(tables.markdown(of_one, searched + [line(run) for run in of_one.possible(searched) if run["epochs"] == of_one.epochs]))
+    assert f"one for each method: prequant at {GRIDS['prequant'][1]:g}." in text and "- learning rates, given: mrpc/prequant at 0.25." in text
+
+
+def recorded(folder, names):
+    """Studies of three seeds whose every run has an arbitrary score."""
+    lines = {}
+    for name in names:
+        made = EXPERIMENTS[name](6)
+        whole = Plan(made, made.tasks, (0, 1, 2), "quick")
+        page.Study(name, "tiny", 6, whole).write(folder)
+        lines |= {identity(run): line(run, 0.7 + (len(identity(run)) % 7 + run["seed"]) / 50) for run in whole.possible([])}
+    (folder / "runs.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines.values()))
+    return lines
+
+
+def test_the_page_stands_alone(tmp_path):
+    lines = recorded(tmp_path, EXPERIMENTS)
+    report = tmp_path / "report.html"
+    assert CliRunner().invoke(cli.app, ["report", str(tmp_path), "-o", str(report)]).exit_code == 0
+    text = report.read_text()
+    assert text.count("<svg") == len(EXPERIMENTS) and text.count("<h2 id=") == len(EXPERIMENTS) and f"{len(lines)} runs of tiny" in text
+    parsed = xml.etree.ElementTree.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
+    assert parsed.tag.endswith("svg")
+    assert not re.search(r'(?:src|href)="(?!#)(?!http://www\.w3\.org)', re.sub(r"<svg.*?</svg>", "", text, flags=re.S)) and "<script" not in text
+    assert "163.1" in text and "T5-3B encoder" in text  # the paper's numbers stand beside ours
+    assert "a part of the training rows, not the whole task: sst2, qnli" in text
+    assert CliRunner().invoke(cli.app, ["report", str(tmp_path), "-o", str(report)]).exit_code == 2  # not overwritten unasked
+
+
+def test_a_page_of_what_has_run_so_far(tmp_path):
+    recorded(tmp_path, ["table3"])
+    first, *_ = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.jsonl").write_text(first)
+    assert "1 runs of tiny" in page.page(tmp_path) and page.page(tmp_path).count("<svg") == 1
+    (tmp_path / "runs.jsonl").write_text("")
+    assert "<svg" not in page.page(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no experiment: prequant experiment NAME -o"):
+        page.page(tmp_path / "nowhere")
+
+
+def test_the_error_map_has_every_matrix_and_strategy(tmp_path):
+    model = tiny_model("bert")
+    errors = error_map.error_map(model)
+    assert len(errors) == 4 * 12 and {error.block for error in errors} == {0, 1} and "attention.self.query" in {error.matrix for error in errors}
+    one = next(error for error in errors if (error.strategy, error.block, error.matrix) == ("outlier_aware", 1, "output.dense"))
+    linear = model.bert.encoder.layer[1].output.dense
+    dense = PreQuantLinear.from_linear(linear, PreQuantConfig(r=0), axis="output").dequantize()
+    assert one.error == pytest.approx(((dense - linear.weight).norm() / linear.weight.norm()).item(), rel=1e-5)
+    assert sum(error.error for error in errors if error.strategy == "mse") <= sum(error.error for error in errors if error.strategy == "min_max")
+    with pytest.raises(ValueError, match="the blocks of Plain are not known"):
+        error_map.error_map(Plain())
+
+    float_model = save_float_model(tmp_path / "float")
+    done = CliRunner().invoke(cli.app, ["experiment", "fig4", "--model", float_model, "-o", str(tmp_path / "runs")])
+    assert done.exit_code == 0, done.output
+    assert page.page(tmp_path / "runs").count("<svg") == 1
+
+
+def test_markdown_becomes_html():
+    text = html_page.as_html("| a | b |\n|---|---|\n| 1 < 2 | 3 |\n\n- a note\n- another")
+    assert text == "<table>\n<tr><th>a</th><th>b</th></tr>\n<tr><td>1 &lt; 2</td><td>3</td></tr>\n</table>\n<ul>\n<li>a note</li>\n<li>another</li>\n</ul>"
+
+
+def test_a_study_is_read_as_it_was_written(tmp_path):
+    written = page.Study("table5", "tiny", 9, Plan(EXPERIMENTS["table5"](9), ("sst2",), (0, 3), "once", "synthetic", 2, 100))
+    written.write(tmp_path)
+    (read,) = page.read_studies(tmp_path)
+    assert read.plan.experiment == written.plan.experiment and [*read.plan.possible([])] == [*written.plan.possible([])]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_run(tmp_path):
+    """By torchrun on gloo: one line, of the whole validation set in its order; the batch is that of both together."""
+    float_model = save_float_model(tmp_path / "float")
+    wanted = plan(data="synthetic", epochs=2, max_train=256).settings(SMALL.arms[1], "sst2", 1e-2, 0)
+    found = runner.perform({**wanted, "model": float_model, "data_dir": None}, 1, processes=2)
+    predictions, labels = (metrics.unpack(found[key], is_regression=False) for key in ("predictions", "labels"))
+    assert len(labels) == 128 and (predictions == labels).mean() == found["score"] and found["n_train"] == 256
+    with pytest.raises(RuntimeError, match="batch_size must be a multiple of the 2 processes, got 31"):
+        runner.perform({**wanted, "batch_size": 31, "model": float_model, "data_dir": None}, 1, processes=2)
+
+
+@pytest.mark.slow
+def test_the_command_trains_and_prints_its_table(tmp_path, monkeypatch):
+    float_model = save_float_model(tmp_path / "float")
+    arguments = ["experiment", "table3", "--quick", "--model", float_model, "--data", "synthetic", "--epochs", "1"]
+    arguments += ["--max-train", "64", "-j", "2", "-o", str(tmp_path / "runs")]
+    listed = CliRunner().invoke(cli.app, [*arguments, "--list"])
+    assert listed.exit_code == 0, listed.output
+    assert listed.stdout.count("sst2 prequant") == 4 and not (tmp_path / "runs").exists()
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "| min_max |" in done.stdout and (tmp_path / "runs" / "table3.md").read_text() == done.stdout
+    errors = {run["wanted"]["quantization"].get("strategy"): run["quantization_error"] for run in runner.read_lines(tmp_path / "runs" / "runs.jsonl")}
+    assert len(errors) == 4 and errors["mse"] <= errors["min_max"] and errors["row_wise"] < errors[None]
+    monkeypatch.setattr(runner, "perform", None)  # nothing is run again
+    assert CliRunner().invoke(cli.app, arguments).stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--tasks", "sst3"], "task must be one of"),
+        (["--seeds", "a"], "seeds must be integers separated by commas, got 'a'"),
+        (["--data-dir", "nowhere"], "nowhere"),
+        (["--rates", "ft=fast"], "rates must be like ft=1e-4,mrpc/prequant=5e-3"),
+        (["--rates", "sst3/ft=1e-4"], "task must be one of"),
+        (["--rates", "sst2/mrpc/ft=1e-4"], "task must be one of"),
+        (["--rates", "sgd=0.1"], "got 'sgd=0.1'"),
+        (["--rates", "ft=-1"], "got 'ft=-1'"),
+    ],
+)
+def test_wrong_experiments_are_refused_before_they_begin(changes, message, tmp_path):
+    float_model = save_float_model(tmp_path / "float")
+    done = CliRunner().invoke(cli.app, ["experiment", "table3", "--model", float_model, "-o", str(tmp_path / "runs"), *changes])
+    assert done.exit_code == 2 and message in done.output
