@@ -3,9 +3,10 @@
     python bench/counts.py                                        every level, into bench/results/counts.json
     python bench/counts.py --levels portable --shape 256x256 --json -
 
-Levels that valgrind can run (portable, avx2): what one call executes, by callgrind, on one thread, for each weight (quantize_activations: for each
-activation). VNNI levels (avx512, avxvnni), which valgrind cannot run: the instructions of each function's hottest inner loop, from objdump, for 32 weights.
-Neither is a time: no cache, no latency. Needs g++, valgrind, objdump (Debian: apt install g++ valgrind binutils).
+Levels that valgrind can run (portable, avx2): what one call executes, by callgrind, on one thread, for each weight
+(quantize_activations: for each activation). VNNI levels (avx512, avxvnni), which valgrind cannot run: the instructions
+of each function's hottest inner loop, from objdump, for 32 weights. Neither is a time: no cache, no latency. Needs g++,
+valgrind, objdump (Debian: apt install g++ valgrind binutils).
 """
 
 import argparse
@@ -44,7 +45,7 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-# ---- what a call executes ------------------------------------------------------------------------------------------------------------------
+# ---- what a call executes --------------------------------------------------------------------------------------------
 
 
 def build_driver(level: str, folder: Path) -> Path:
@@ -65,11 +66,21 @@ def total_instructions(callgrind_output: str) -> int:
 def count_call(program: Path, operator: str, M: int, N: int, K: int) -> int:
     """Instructions of one call."""
     output = program.parent / "callgrind.out"
-    run("valgrind", "--tool=callgrind", "--toggle-collect=measured", f"--callgrind-out-file={output}", program, operator, str(M), str(N), str(K))
+    run(
+        "valgrind",
+        "--tool=callgrind",
+        "--toggle-collect=measured",
+        f"--callgrind-out-file={output}",
+        program,
+        operator,
+        str(M),
+        str(N),
+        str(K),
+    )
     return total_instructions(output.read_text())
 
 
-# ---- inner loops ---------------------------------------------------------------------------------------------------------------------------
+# ---- inner loops -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -110,8 +121,14 @@ def functions(disassembly: str) -> dict[str, list[Instruction]]:
 
 def inner_loops(body: list[Instruction]) -> list[list[Instruction]]:
     """Loops without a loop inside: from a backward jump's target to the jump."""
-    ends = sorted({(i.target, i.address) for i in body if i.target is not None and body[0].address <= i.target <= i.address})
-    innermost = [(begin, end) for begin, end in ends if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in ends)]
+    ends = sorted(
+        {(i.target, i.address) for i in body if i.target is not None and body[0].address <= i.target <= i.address}
+    )
+    innermost = [
+        (begin, end)
+        for begin, end in ends
+        if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in ends)
+    ]
     return [[i for i in body if begin <= i.address <= end] for begin, end in innermost]
 
 
@@ -124,8 +141,9 @@ def short_name(symbol: str) -> str:
 
 
 def mix(loop: list[Instruction]) -> dict:
-    """Its instructions for 32 weights. Each token's activations are broadcast: their number follows from that of the accumulators; where nothing is
-    broadcast, a product counts as a weight."""
+    """Its instructions for 32 weights. Each token's activations are broadcast: their number follows from that of the
+    accumulators; where nothing is broadcast, a product counts as a weight.
+    """
     kinds = Counter(instruction.kind for instruction in loop)
     dots = [instruction for instruction in loop if instruction.mnemonic in ("vpdpbusd", "vpdpwssd")]
     products = sum((64 if "%zmm" in dot.operands else 32) // (1 if dot.mnemonic == "vpdpbusd" else 2) for dot in dots)
@@ -134,7 +152,13 @@ def mix(loop: list[Instruction]) -> dict:
     weights = products / tokens if tokens else Fraction(products)
     per_32 = {kind: round(float(count * 32 / weights), 3) for kind, count in sorted(kinds.items())}
     stack = sum("(%rsp" in instruction.operands or "(%rbp" in instruction.operands for instruction in loop)
-    return {"tokens": round(float(tokens), 2), "weights": round(float(weights), 2), "instructions": len(loop), "stack": stack, "per_32_weights": per_32}
+    return {
+        "tokens": round(float(tokens), 2),
+        "weights": round(float(weights), 2),
+        "instructions": len(loop),
+        "stack": stack,
+        "per_32_weights": per_32,
+    }
 
 
 def hottest_loops(disassembly: str) -> dict[str, dict]:
@@ -155,9 +179,6 @@ def disassemble(level: str, folder: Path) -> str:
     return run("objdump", "-d", "-C", "--no-show-raw-insn", compiled)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------------
-
-
 def count_level(level: str, N: int, K: int, calls: list[tuple[str, int]]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         if level in DISASSEMBLED:
@@ -174,16 +195,35 @@ def count_level(level: str, N: int, K: int, calls: list[tuple[str, int]]) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS)
-    parser.add_argument("--shape", default="384x384", metavar="NxK", help="of the weight, 4 bits, one scale, 5 outlier columns (default: %(default)s)")
-    parser.add_argument("--json", default=str(RESULTS), metavar="FILE", help="where the counts go, - for the terminal (default: bench/results/counts.json)")
+    parser.add_argument(
+        "--shape",
+        default="384x384",
+        metavar="NxK",
+        help="of the weight, 4 bits, one scale, 5 outlier columns (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json",
+        default=str(RESULTS),
+        metavar="FILE",
+        help="where the counts go, - for the terminal (default: bench/results/counts.json)",
+    )
     arguments = parser.parse_args()
     shape = re.fullmatch(r"(\d+)x(\d+)", arguments.shape)
     if shape is None:
         parser.error(f"--shape must be NxK, got {arguments.shape}")
     N, K = int(shape[1]), int(shape[2])
-    for tool in ("g++", *(["valgrind"] if set(arguments.levels) & set(EXECUTED) else []), *(["objdump"] if set(arguments.levels) & set(DISASSEMBLED) else [])):
+    for tool in (
+        "g++",
+        *(["valgrind"] if set(arguments.levels) & set(EXECUTED) else []),
+        *(["objdump"] if set(arguments.levels) & set(DISASSEMBLED) else []),
+    ):
         run(tool, "--version")
-    counts: dict = {"compiler": run("g++", "--version").splitlines()[0], "flags": " ".join(CXX_FLAGS), "shape": arguments.shape, "levels": {}}
+    counts: dict = {
+        "compiler": run("g++", "--version").splitlines()[0],
+        "flags": " ".join(CXX_FLAGS),
+        "shape": arguments.shape,
+        "levels": {},
+    }
     for level in arguments.levels:
         print(level, file=sys.stderr)
         counts["levels"][level] = count_level(level, N, K, CALLS)

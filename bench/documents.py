@@ -1,7 +1,9 @@
-"""Writes the tables of bench/results into the documents that show them, and draws their figures:    python bench/documents.py
+"""Writes the tables of bench/results into the documents that show them, and draws their figures:    python
+bench/documents.py
 
-A document marks a table's place with a line ``<!-- FOLDER/EXPERIMENT -->`` and the end of it with ``<!-- end -->``; what stands between is made from
-bench/results/FOLDER/runs.jsonl. EXPERIMENT.md in that folder is written, too, and docs/figures/FOLDER_EXPERIMENT.svg of what is a curve or a map.
+A document marks a table's place with a line ``<!-- FOLDER/EXPERIMENT -->`` and the end of it with ``<!-- end -->``;
+what stands between is made from bench/results/FOLDER/runs.jsonl. EXPERIMENT.md in that folder is written, too, and
+docs/figures/FOLDER_EXPERIMENT.svg of what is a curve or a map.
 """
 
 import argparse
@@ -37,9 +39,13 @@ def all_tables(results: Path = RESULTS) -> dict[str, str]:
 
 
 def sources(made: dict[str, str], results: Path = RESULTS) -> dict[str, str]:
-    """FOLDER_EXPERIMENT of each figure -> what it is drawn from, whose digest the figure carries: the table of a curve, the records of a map."""
+    """FOLDER_EXPERIMENT of each figure -> what it is drawn from, whose digest the figure carries: the table of a curve,
+    the records of a map.
+    """
     curves = {place.replace("/", "_"): text for place, text in made.items() if place.split("/")[1] in AXES}
-    return curves | {f"{path.parent.name}_{ERROR_MAP}": path.read_text() for path in results.glob(f"*/{ERROR_MAP_FILE}")}
+    return curves | {
+        f"{path.parent.name}_{ERROR_MAP}": path.read_text() for path in results.glob(f"*/{ERROR_MAP_FILE}")
+    }
 
 
 def digest(source: str) -> str:
@@ -49,15 +55,23 @@ def digest(source: str) -> str:
 def drawings(folder: Path) -> dict[str, str]:
     """EXPERIMENT -> SVG."""
     lines, found = read_lines(folder / RUNS_FILE), read_error_map(folder)
-    curves = {study.name: figure(study.name, study.plan, study.own(lines)) for study in read_studies(folder) if study.name in AXES}
+    curves = {
+        study.name: figure(study.name, study.plan, study.own(lines))
+        for study in read_studies(folder)
+        if study.name in AXES
+    }
     return {name: drawn for name, drawn in curves.items() if drawn} | ({ERROR_MAP: heat_map(found[1])} if found else {})
 
 
 def filled(document: str, made: dict[str, str]) -> str:
-    """``document`` with its tables as they are in ``made``, but for their titles: a document has its own. Raises ValueError where ``made`` lacks one."""
+    """``document`` with its tables as they are in ``made``, but for their titles: a document has its own. Raises
+    ValueError where ``made`` lacks one.
+    """
     unknown = [place for _, place, _ in PLACE.findall(document) if place not in made]
     if unknown:
-        raise ValueError(f"a document has a place for {', '.join(unknown)}, but bench/results has only {', '.join(made)}")
+        raise ValueError(
+            f"a document has a place for {', '.join(unknown)}, but bench/results has only {', '.join(made)}"
+        )
     return PLACE.sub(lambda found: f"{found[1]}{made[found[2]].split(chr(10), 2)[2]}{found[3]}", document)
 
 
@@ -74,7 +88,10 @@ def main() -> None:
         for name, drawn in drawings(folder).items():
             name = f"{folder.name}_{name}"
             write_atomically(FIGURES / f"{name}.svg", f"{drawn}{digest(of[name])}\n".encode())
-    print(f"wrote {len(made)} tables, {len(of)} figures, {' and '.join(str(path.relative_to(ROOT)) for path in DOCUMENTS)}")
+    print(
+        f"wrote {len(made)} tables, {len(of)} figures, "
+        f"{' and '.join(str(path.relative_to(ROOT)) for path in DOCUMENTS)}"
+    )
 
 
 if __name__ == "__main__":

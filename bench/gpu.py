@@ -3,9 +3,10 @@
     python bench/gpu.py                                      every shape
     python bench/gpu.py --shapes 4096x4096 --tokens 1 16     these (N x K) and token counts alone
 
-How it measures: each contender is captured into a CUDA graph, so that Python's time is not counted; a round runs every contender once, each after a write
-to twice the L2 cache, in an order that turns by one; the figure is the median over the rounds of the time between two CUDA events, less that of
-an empty pair. cuBLAS is one of the contenders. Clocks, temperature and power are read before and after each shape.
+How it measures: each contender is captured into a CUDA graph, so that Python's time is not counted; a round runs every
+contender once, each after a write to twice the L2 cache, in an order that turns by one; the figure is the median over
+the rounds of the time between two CUDA events, less that of an empty pair. cuBLAS is one of the contenders. Clocks,
+temperature and power are read before and after each shape.
 """
 
 import argparse
@@ -59,7 +60,7 @@ class Line:
     clocks: list[str] = field(default_factory=list)
 
 
-# ---- contenders ----------------------------------------------------------------------------------------------------------------------------
+# ---- contenders ------------------------------------------------------------------------------------------------------
 
 
 def contenders(M: int, N: int, K: int, dtype: torch.dtype, device: str, r: int = 5) -> list[Contender]:
@@ -85,7 +86,12 @@ def contenders(M: int, N: int, K: int, dtype: torch.dtype, device: str, r: int =
 
     product, gradient = x.float() @ quantized.T, grad_y.float() @ quantized
     return [
-        Contender(BASELINE, lambda: functional.linear(x, half, half_bias), half.numel() * item + (M * K + M * N) * item, x.float() @ half.float().T),
+        Contender(
+            BASELINE,
+            lambda: functional.linear(x, half, half_bias),
+            half.numel() * item + (M * K + M * N) * item,
+            x.float() @ half.float().T,
+        ),
         Contender("linear_w4a16", lambda: ops.linear_w4a16(x, *layer, bias, 4, 1, out_features), moved, product),
         Contender("linear_w4a8", w4a8, moved, product),
         Contender("linear_dx", lambda: ops.linear_dx(grad_y, *layer, K, 4, 1), moved, gradient),
@@ -103,7 +109,8 @@ def peers(M: int, N: int, K: int, dtype: torch.dtype, device: str) -> tuple[list
             run = make(weight, x)
             run()
             found.append(Contender(name, run, moved))
-        except Exception as error:  # a peer that is absent or refuses the shape must not end the run; the table says why it is missing
+        # a peer that is absent or refuses the shape must not end the run; the table says why it is missing
+        except Exception as error:
             missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return found, missing
 
@@ -119,7 +126,8 @@ def _torchao(weight: Tensor, x: Tensor) -> Callable[[], Tensor]:
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
     N, K = weight.shape
-    linear = torch.nn.Linear(K, N, bias=False, device=weight.device, dtype=torch.bfloat16)  # its int4 kernel takes bfloat16 alone
+    # its int4 kernel takes bfloat16 alone
+    linear = torch.nn.Linear(K, N, bias=False, device=weight.device, dtype=torch.bfloat16)
     linear.weight.data.copy_(weight)
     quantize_(linear, Int4WeightOnlyConfig(group_size=128))
     rounded = x.bfloat16()
@@ -134,7 +142,7 @@ def _marlin(weight: Tensor, x: Tensor) -> Callable[[], Tensor]:
     return lambda: layer(x.half())
 
 
-# ---- measuring -----------------------------------------------------------------------------------------------------------------------------
+# ---- measuring -------------------------------------------------------------------------------------------------------
 
 
 def _captured(run: Callable[[], Tensor]) -> tuple[Callable[[], object], bool]:
@@ -176,7 +184,12 @@ def times(runs: list[Callable[[], object]], rounds: int) -> list[float]:
 
 def clocks() -> str:
     """MHz of the multiprocessors and of the memory, degrees, watts, reasons to throttle: nvidia-smi's words."""
-    query = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader", f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"]
+    query = [
+        "nvidia-smi",
+        f"--query-gpu={CLOCKS}",
+        "--format=csv,noheader",
+        f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}",
+    ]
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError) as error:
@@ -194,7 +207,9 @@ def measure(M: int, N: int, K: int, dtype: torch.dtype, rounds: int) -> tuple[li
     lines = []
     for contender, error, (_, is_graph), median in zip(all_, errors, captured, medians, strict=True):
         rate = contender.bytes / median / 1e3 if median else 0.0
-        lines.append(Line(contender.name, N, K, M, median, rate, medians[0] / median if median else 0.0, error, is_graph, around))
+        lines.append(
+            Line(contender.name, N, K, M, median, rate, medians[0] / median if median else 0.0, error, is_graph, around)
+        )
     return lines, missing
 
 
@@ -204,18 +219,24 @@ def relative_error(contender: Contender) -> float | None:
     return ((contender.run().float() - contender.exact).norm() / contender.exact.norm()).item()
 
 
-# ---- what is kept --------------------------------------------------------------------------------------------------------------------------
+# ---- what is kept ----------------------------------------------------------------------------------------------------
 
 
 def table(lines: list[Line], heading: str) -> str:
-    """One row a shape and token count: microseconds and GB/s of each contender, and how many times as fast as cuBLAS."""
+    """One row a shape and token count: microseconds and GB/s of each contender,
+    and how many times as fast as cuBLAS.
+    """
     names = list(dict.fromkeys(line.name for line in lines))
     rows = [heading, "", f"| N x K | M | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
     for N, K, M in dict.fromkeys((line.N, line.K, line.M) for line in lines):
         cells = []
         for name in names:
             line = next((line for line in lines if (line.name, line.N, line.K, line.M) == (name, N, K, M)), None)
-            figures = f"{line.microseconds:.1f} µs, {line.gigabytes_per_second:.0f} GB/s{'' if line.is_graph else ', eager'}" if line else "–"
+            figures = (
+                f"{line.microseconds:.1f} µs, {line.gigabytes_per_second:.0f} GB/s{'' if line.is_graph else ', eager'}"
+                if line
+                else "–"
+            )
             cells.append(figures if line is None or name == BASELINE else f"**{line.speedup:.2f}×** {figures}")
         rows.append(f"| {N} x {K} | {M} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
@@ -223,17 +244,26 @@ def table(lines: list[Line], heading: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", metavar="NxK", help="default: " + " ".join(f"{N}x{K}" for N, K in SHAPES))
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, metavar="M", help=f"default: {' '.join(map(str, TOKENS))}")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="NxK", help="default: " + " ".join(f"{N}x{K}" for N, K in SHAPES)
+    )
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, default=TOKENS, metavar="M", help=f"default: {' '.join(map(str, TOKENS))}"
+    )
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     parser.add_argument("--rounds", type=int, default=50)
     arguments = parser.parse_args()
     reason = gap()
     if reason:
         sys.exit(f"bench-gpu: {reason}")
-    shapes = [tuple(int(size) for size in shape.split("x")) for shape in arguments.shapes] if arguments.shapes else SHAPES
+    shapes = (
+        [tuple(int(size) for size in shape.split("x")) for shape in arguments.shapes] if arguments.shapes else SHAPES
+    )
     gpu, commit = torch.cuda.get_device_name(0), _commit()
-    about = f"{gpu}, torch {torch.__version__}, prequant_ext {prequant_ext.__version__} ({commit}), {arguments.dtype}, medians of {arguments.rounds} rounds"
+    about = (
+        f"{gpu}, torch {torch.__version__}, prequant_ext {prequant_ext.__version__} ({commit}), "
+        f"{arguments.dtype}, medians of {arguments.rounds} rounds"
+    )
     print(about)
     lines: list[Line] = []
     missing: dict[str, str] = {}
@@ -242,12 +272,23 @@ def main() -> None:
             measured, absent = measure(M, N, K, getattr(torch, arguments.dtype), arguments.rounds)
             lines += measured
             missing.update(absent)
-            print(f"{N} x {K}, M = {M}: " + ", ".join(f"{line.name} {line.microseconds:.1f} µs ({line.speedup:.2f}×)" for line in measured), flush=True)
+            print(
+                f"{N} x {K}, M = {M}: "
+                + ", ".join(f"{line.name} {line.microseconds:.1f} µs ({line.speedup:.2f}×)" for line in measured),
+                flush=True,
+            )
     RESULTS.mkdir(exist_ok=True)
     base = RESULTS / re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_")
     text = table(lines, f"{about}. × is the speed of cuBLAS on the same shape in the same rounds.")
     text += "".join(f"\n{name} was not measured: {why}" for name, why in missing.items())
-    about_all = {"gpu": gpu, "torch": torch.__version__, "commit": commit, "dtype": arguments.dtype, "rounds": arguments.rounds, "build": doctor.build_info()}
+    about_all = {
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "commit": commit,
+        "dtype": arguments.dtype,
+        "rounds": arguments.rounds,
+        "build": doctor.build_info(),
+    }
     record = {**about_all, "clocks": CLOCKS, "not_measured": missing, "lines": [asdict(line) for line in lines]}
     base.with_suffix(".json").write_text(json.dumps(record, indent=1))
     base.with_suffix(".md").write_text(text)
@@ -255,7 +296,9 @@ def main() -> None:
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent
+    )
     return done.stdout.strip() or "no commit"
 
 

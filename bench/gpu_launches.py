@@ -1,4 +1,5 @@
-"""GPUs, and the kernels that an operator's call would launch on them: csrc/cuda/dispatch.h and the launchers, told in Python.
+"""GPUs, and the kernels that an operator's call would launch on them: csrc/cuda/dispatch.h and the launchers, told in
+Python.
 
 test_cuda_traffic.py compares with the launches on the emulator.
 """
@@ -36,8 +37,8 @@ GPUS = [
     Gpu("L4", 89, 58, 2.04, 300, 121, 242, 48),
     # NVIDIA Ada whitepaper, appendix A.
     Gpu("4090", 89, 128, 2.52, 1008, 165.2, 660.6, 72),
-    # NVIDIA H100 datasheet, SXM5. mma.sync reaches 62.9 % of what wgmma does: "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture",
-    # arXiv 2402.13499.
+    # NVIDIA H100 datasheet, SXM5. mma.sync reaches 62.9 % of what wgmma does: "Benchmarking and Dissecting the Nvidia
+    # Hopper GPU Architecture", arXiv 2402.13499.
     Gpu("H100", 90, 132, 1.83, 3350, 989.4, 1979, 50, mma_share=0.629),
 ]
 
@@ -147,7 +148,10 @@ def launches(operator: str, M: int, N: int, K: int, gpu: Gpu) -> list[Launch]:
     )
     if parts == 1:
         return [main]
-    return [main, Launch("finish_kernel", max(1, M * columns // 512), 128, dram_bytes=M * columns * 2, l2_bytes=partial)]
+    return [
+        main,
+        Launch("finish_kernel", max(1, M * columns // 512), 128, dram_bytes=M * columns * 2, l2_bytes=partial),
+    ]
 
 
 def vector_launch(M: int, N: int, K: int, gpu: Gpu) -> Launch:
@@ -181,7 +185,10 @@ def integer_launches(M: int, N: int, K: int, gpu: Gpu) -> list[Launch]:
     else:
         token_tiles, strips, slices = (1, 1, 8) if M <= 7 else (2, 2, 4) if M <= 15 else (4, 4, 2)
         rows, columns, padded_rows, step, shared = 8 * token_tiles - 1, 16 * strips, 8 * token_tiles, 256 * slices, 0
-        name, in_flight = f"linear_w4a8_strips_kernel<4, {token_tiles}, {strips}, {slices}>", 8 * 4 * 512 + padded_rows * step
+        name, in_flight = (
+            f"linear_w4a8_strips_kernel<4, {token_tiles}, {strips}, {slices}>",
+            8 * 4 * 512 + padded_rows * step,
+        )
     tiles = ceil(M / rows) * ceil(N / columns)
     pieces = max(1, min(gpu.multiprocessors // tiles, K // 1024))
     columns_of_piece = K if pieces == 1 else ceil(ceil(K / pieces) / 128) * 128
@@ -205,7 +212,11 @@ def integer_launches(M: int, N: int, K: int, gpu: Gpu) -> list[Launch]:
     )
     if pieces == 1:
         return [quantize, main]
-    return [quantize, main, Launch("linear_w4a8_pieces_kernel", ceil(M / 8) * ceil(N / 128), 256, dram_bytes=M * N * 2, l2_bytes=products)]
+    return [
+        quantize,
+        main,
+        Launch("linear_w4a8_pieces_kernel", ceil(M / 8) * ceil(N / 128), 256, dram_bytes=M * N * 2, l2_bytes=products),
+    ]
 
 
 def cublas(M: int, N: int, K: int, weight_bytes: float | None = None) -> Launch:

@@ -4,12 +4,13 @@
     python bench/gpu_model.py --gpu A100 --shape 768x3072 --tokens 1 16 --operator linear_w4a16
     python bench/gpu_model.py --json
 
-From the grid that the launcher would choose it counts bytes and tensor-core products; how often the main loop runs follows from these, and what one
-turn costs from its SASS (python_tests/tools/cubins.py: needs nvcc, cuobjdump and nvdisasm). Each count is divided by the published rate of the GPU; the
-slowest one is the time, on top of a fixed cost a launch. The peer is an ideal cuBLAS: its bytes and its products at the full published rate, one launch.
+From the grid that the launcher would choose it counts bytes and tensor-core products; how often the main loop runs
+follows from these, and what one turn costs from its SASS (python_tests/tools/cubins.py: needs nvcc, cuobjdump and
+nvdisasm). Each count is divided by the published rate of the GPU; the slowest one is the time, on top of a fixed cost a
+launch. The peer is an ideal cuBLAS: its bytes and its products at the full published rate, one launch.
 
-What it leaves out: latencies inside a turn of the loop, the ring's filling, clocks below boost, cuBLAS's own losses. Reading the weight from L2 where the
-last call left it there would help both.
+What it leaves out: latencies inside a turn of the loop, the ring's filling, clocks below boost, cuBLAS's own losses.
+Reading the weight from L2 where the last call left it there would help both.
 """
 
 import argparse
@@ -34,8 +35,23 @@ L2_BYTES_PER_CLOCK = 64  # assumed: that one multiprocessor takes from L2
 SHARED_BYTES_PER_CLOCK = 128  # CUDA C++ Programming Guide: 32 banks of 4 bytes
 ISSUED_PER_CLOCK = 4  # one instruction a scheduler and clock
 
-# Results a clock and multiprocessor: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions". Opcodes by their beginning.
-INTEGER_OPCODES = ("LOP3", "SHF", "IADD3", "LEA", "PRMT", "ISETP", "SEL", "PLOP3", "VOTE", "LOP", "I2F", "FSETP", "FMNMX")
+# Results a clock and multiprocessor: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions".
+# Opcodes by their beginning.
+INTEGER_OPCODES = (
+    "LOP3",
+    "SHF",
+    "IADD3",
+    "LEA",
+    "PRMT",
+    "ISETP",
+    "SEL",
+    "PLOP3",
+    "VOTE",
+    "LOP",
+    "I2F",
+    "FSETP",
+    "FMNMX",
+)
 INTEGER_LANES = 64
 FLOAT_OPCODES = ("FFMA", "FADD", "FMUL", "IMAD", "IDP")
 FLOAT_LANES = {75: 64, 80: 64, 86: 128, 89: 128, 90: 128}
@@ -44,7 +60,8 @@ HALF_LANES = {75: 64, 80: 128, 86: 64, 89: 64, 90: 128}  # pairs
 CROSSING_OPCODES = ("MOVM", "SHFL")
 CROSSING_LANES = 32  # of shuffles; MOVM's rate is not published and taken as theirs
 
-# The paper targets of the project: parity and stretch, as multiples of cuBLAS float16 at 11008 x 4096. By GPU, in the order of GPUS.
+# The paper targets of the project: parity and stretch, as multiples of cuBLAS float16 at 11008 x 4096. By GPU, in the
+# order of GPUS.
 TARGET_SHAPE = (11008, 4096)
 TARGETS = {
     ("linear_w4a16", 1): [(2.5, 3.3), (3.4, 3.6), (3.0, 3.4), (3.3, 3.7), (3.2, 3.6), (2.2, 3.0)],
@@ -55,7 +72,7 @@ TARGETS = {
 }
 
 
-# ---- what it takes -------------------------------------------------------------------------------------------------------------------------
+# ---- what it takes ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -117,7 +134,9 @@ def microseconds(launch: Launch, gpu: Gpu, kernels: dict[str, cubins.Kernel]) ->
     }
     if is_ours:
         kernel = kernels[launch.name]
-        blocks = blocks_per_multiprocessor(gpu.architecture, kernel.registers, launch.threads, kernel.shared_bytes + launch.dynamic_shared)
+        blocks = blocks_per_multiprocessor(
+            gpu.architecture, kernel.registers, launch.threads, kernel.shared_bytes + launch.dynamic_shared
+        )
         resident = min(launch.blocks, blocks * gpu.multiprocessors)
         if launch.bytes_in_flight:
             reachable = resident * launch.bytes_in_flight / LATENCY_NANOSECONDS * 1e3  # bytes a microsecond
@@ -131,7 +150,12 @@ def microseconds(launch: Launch, gpu: Gpu, kernels: dict[str, cubins.Kernel]) ->
 def products_of_a_turn(kernel: cubins.Kernel) -> int:
     """Multiplications of a warp in one turn of its main loop."""
     shapes = {"HMMA.16816": 16 * 8 * 16, "HMMA.1688": 16 * 8 * 8, "IMMA.16832": 16 * 8 * 32, "IMMA.8816": 8 * 8 * 16}
-    found = sum(count * size for opcode, count in kernel.main_loop.items() for shape, size in shapes.items() if opcode.startswith(f"{shape}."))
+    found = sum(
+        count * size
+        for opcode, count in kernel.main_loop.items()
+        for shape, size in shapes.items()
+        if opcode.startswith(f"{shape}.")
+    )
     assert found, f"{kernel.name} has no tensor-core instruction in its main loop"
     return found
 
@@ -163,12 +187,15 @@ def sass() -> dict[int, dict[str, cubins.Kernel]]:
     return found
 
 
-# ---- what is printed -----------------------------------------------------------------------------------------------------------------------
+# ---- what is printed -------------------------------------------------------------------------------------------------
 
 
 def rows(predictions: list[Prediction]) -> Iterator[str]:
     yield f"{LABEL}. speedup: over an ideal cuBLAS float16 of the same model"
-    yield f"{'GPU':5} {'operator':13} {'M':>5} {'N x K':>12} {'us':>8} {'cuBLAS':>8} {'speedup':>8}  {'target':11} bound by"
+    yield (
+        f"{'GPU':5} {'operator':13} {'M':>5} {'N x K':>12} {'us':>8} {'cuBLAS':>8} {'speedup':>8}  {'target':11} "
+        "bound by"
+    )
     for p in predictions:
         target = "" if p.parity is None else f"{p.parity:g}" + (f" / {p.stretch:g}" if p.stretch else "")
         mark = "" if p.parity is None else ", target reached" if p.speedup >= p.parity else ", target MISSED"
@@ -181,7 +208,12 @@ def main() -> None:
     parser.add_argument("--gpu", nargs="+", choices=[gpu.name for gpu in GPUS], default=[gpu.name for gpu in GPUS])
     parser.add_argument("--shape", nargs="+", default=["{}x{}".format(*TARGET_SHAPE)], metavar="NxK")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 1024], metavar="M")
-    parser.add_argument("--operator", nargs="+", choices=["linear_w4a16", "linear_w4a8", "linear_dx"], default=["linear_w4a16", "linear_w4a8", "linear_dx"])
+    parser.add_argument(
+        "--operator",
+        nargs="+",
+        choices=["linear_w4a16", "linear_w4a8", "linear_dx"],
+        default=["linear_w4a16", "linear_w4a8", "linear_dx"],
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
     arguments = parser.parse_args()
     try:

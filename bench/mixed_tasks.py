@@ -1,11 +1,13 @@
-"""A batch whose rows belong to many tasks: one mixed call beside the tasks one after another, and beside PEFT's LoRA on the float model, in the same rounds.
+"""A batch whose rows belong to many tasks: one mixed call beside the tasks one after another, and beside PEFT's LoRA on
+the float model, in the same rounds.
 
     python bench/mixed_tasks.py                                      64 rows of 64 tokens; 1, 4, 16 and 64 tasks
     python bench/mixed_tasks.py --layers 2 --rows 16 --tasks 1 4
 
-All classify with a BERT of random weights in eval mode under no_grad; rows go to the tasks in turn. "One task" is the same batch with one task live: what a
-mixed call costs beyond it is the price of mixing. The error is that of the logits against the same method's tasks one after another. PEFT mixes through
-adapter_names; its adapters share one head here. Needs peft for them: pip install 'prequant_ext[peft]'.
+All classify with a BERT of random weights in eval mode under no_grad; rows go to the tasks in turn. "One task" is the
+same batch with one task live: what a mixed call costs beyond it is the price of mixing. The error is that of the logits
+against the same method's tasks one after another. PEFT mixes through adapter_names; its adapters share one head here.
+Needs peft for them: pip install 'prequant_ext[peft]'.
 """
 
 import copy
@@ -92,13 +94,26 @@ def lora_calls(base: nn.Module, ids: Tensor, names: Sequence[str]) -> dict[str, 
 
 def results_table(rows: Sequence[Row]) -> str:
     titles = ["tasks", "threads", "way", "ms", "×", "rows/s", "difference of the logits"]
-    return reporting.table(titles, ([
-        str(row["tasks"]), str(row["threads"]), row["name"], f"{row['milliseconds']:.1f}", f"{row['speedup']:.2f}{reporting.mark([row])}",
-        f"{1e3 * row['rows'] / row['milliseconds']:.0f}", "–" if row["error"] is None else f"{row['error']:.1e}",
-    ] for row in rows))  # fmt: skip
+    return reporting.table(
+        titles,
+        (
+            [
+                str(row["tasks"]),
+                str(row["threads"]),
+                row["name"],
+                f"{row['milliseconds']:.1f}",
+                f"{row['speedup']:.2f}{reporting.mark([row])}",
+                f"{1e3 * row['rows'] / row['milliseconds']:.0f}",
+                "–" if row["error"] is None else f"{row['error']:.1e}",
+            ]
+            for row in rows
+        ),
+    )
 
 
-def measure(base: nn.Module, ids: Tensor, tasks: int, threads: int, peaks: timing.Peaks, rounds: int, budget: float) -> tuple[list[Row], dict[str, str]]:
+def measure(
+    base: nn.Module, ids: Tensor, tasks: int, threads: int, peaks: timing.Peaks, rounds: int, budget: float
+) -> tuple[list[Row], dict[str, str]]:
     """A row for each way to serve ``tasks`` tasks, and the reasons of those that cannot run here."""
     names = [f"task{row % tasks}" for row in range(len(ids))]
     calls: dict[str, Call] = {FLOAT: lambda: base(input_ids=ids).logits, **prequant_calls(base, ids, names)}
@@ -108,13 +123,18 @@ def measure(base: nn.Module, ids: Tensor, tasks: int, threads: int, peaks: timin
     except ImportError as error:
         missing["LoRA"] = str(error)
     errors = {
-        mixed: timing.relative_error(call(), calls[mixed.replace("mixed", "one after another")]().double()) for mixed, call in calls.items() if "mixed" in mixed
+        mixed: timing.relative_error(call(), calls[mixed.replace("mixed", "one after another")]().double())
+        for mixed, call in calls.items()
+        if "mixed" in mixed
     }
     config = base.config
     flops = timing.encoder_flops(config.num_hidden_layers, config.hidden_size, *ids.shape)  # type: ignore[union-attr,arg-type]
     contenders = [Contender(name, call, FLOAT, flops, error=errors.get(name)) for name, call in calls.items()]
     rows = timing.measure(contenders, rounds, budget, threads, peaks)
-    say(f"{threads} thread(s), {tasks} tasks: " + ", ".join(f"{row['name']} {row['milliseconds']:.0f} ms" for row in rows))
+    say(
+        f"{threads} thread(s), {tasks} tasks: "
+        + ", ".join(f"{row['name']} {row['milliseconds']:.0f} ms" for row in rows)
+    )
     return [{**row, "tasks": tasks, "rows": len(ids), "seq": ids.shape[1]} for row in rows], missing
 
 
@@ -126,7 +146,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="of the batch; default: 64")
     parser.add_argument("--seq", type=int, default=64, help="default: 64")
     parser.add_argument("--tasks", nargs="+", type=int, default=[1, 4, 16, 64], help="default: 1 4 16 64")
-    parser.add_argument("--budget", type=float, default=30.0, help="seconds for the rounds of one number of tasks; default: 30")
+    parser.add_argument(
+        "--budget", type=float, default=30.0, help="seconds for the rounds of one number of tasks; default: 30"
+    )
     arguments = parser.parse_args()
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -134,7 +156,12 @@ def main() -> None:
     by_threads = {threads: timing.peaks(threads) for threads in arguments.threads}
     torch.manual_seed(0)
     heads = max(1, arguments.hidden // 64)
-    shape = {"num_hidden_layers": arguments.layers, "hidden_size": arguments.hidden, "num_attention_heads": heads, "intermediate_size": 4 * arguments.hidden}
+    shape = {
+        "num_hidden_layers": arguments.layers,
+        "hidden_size": arguments.hidden,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * arguments.hidden,
+    }
     base = BertForSequenceClassification(BertConfig(max_position_embeddings=max(512, arguments.seq), **shape)).eval()
     ids = torch.randint(1000, 30000, (arguments.rows, arguments.seq), generator=torch.Generator().manual_seed(0))
     rows: list[Row] = []
@@ -148,7 +175,8 @@ def main() -> None:
     reporting.write_json(arguments.json, reporting.record(about, rows, by_threads, model=model, missing=missing))
     print(reporting.headline(about))
     print(
-        f"BERT of {arguments.layers} layers of {arguments.hidden}, {arguments.rows} rows of {arguments.seq} tokens. ×: speed of {FLOAT}, same rounds. *: noisy"
+        f"BERT of {arguments.layers} layers of {arguments.hidden}, {arguments.rows} rows of {arguments.seq} tokens. "
+        f"×: speed of {FLOAT}, same rounds. *: noisy"
     )
     print(results_table(rows))
     print(reporting.missing_lines(missing))

@@ -56,7 +56,7 @@ def linear(weight: Tensor, dtype: torch.dtype = torch.float32) -> nn.Linear:
     return layer
 
 
-# ---- torch and PreQuant ----------------------------------------------------------------------------------------------------------------------
+# ---- torch and PreQuant ----------------------------------------------------------------------------------------------
 
 
 def torch_float(dtype: torch.dtype) -> Callable[[Tensor, int], Call]:
@@ -86,14 +86,16 @@ def prequant(**settings: Any) -> Callable[[Tensor, int], Call]:
     return lambda weight, threads: PreQuantLinear.from_linear(linear(weight), PreQuantConfig(**settings)).eval()
 
 
-# ---- others ----------------------------------------------------------------------------------------------------------------------------------
+# ---- others ----------------------------------------------------------------------------------------------------------
 
 
 def bitsandbytes_nf4(dtype: torch.dtype) -> Callable[[Tensor, int], Call]:
     def make(weight: Tensor, threads: int) -> Call:
         import bitsandbytes
 
-        layer = bitsandbytes.nn.Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=dtype, quant_type="nf4")
+        layer = bitsandbytes.nn.Linear4bit(
+            weight.shape[1], weight.shape[0], bias=False, compute_dtype=dtype, quant_type="nf4"
+        )
         layer.weight = bitsandbytes.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4")
         return layer.to("cpu").eval()
 
@@ -130,12 +132,17 @@ def onnxruntime_int4(level: int) -> Callable[[Tensor, int], Call]:
         constants = {"B": pairs(codes).view(N, K // GROUP, GROUP // 2).numpy(), "scale": scale.flatten().numpy()}
         settings = {"K": K, "N": N, "bits": 4, "block_size": GROUP, "accuracy_level": level}
         node = helper.make_node("MatMulNBits", ["x", "B", "scale"], ["y"], domain="com.microsoft", **settings)
-        x_, y_ = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["M", size]) for name, size in (("x", K), ("y", N)))
-        graph = helper.make_graph([node], "linear", [x_], [y_], [numpy_helper.from_array(values, name) for name, values in constants.items()])
+        x_, y_ = (
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["M", size]) for name, size in (("x", K), ("y", N))
+        )
+        graph = helper.make_graph(
+            [node], "linear", [x_], [y_], [numpy_helper.from_array(values, name) for name, values in constants.items()]
+        )
         opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # its workers would take the cores of whoever is next
+        # its workers would take the cores of whoever is next
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         serialized = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
         session = onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
 
@@ -162,14 +169,28 @@ def openvino_int4(precision: str, activation_group: int) -> Callable[[Tensor, in
 
         N, K = weight.shape
         codes, scale = int4(weight)
-        constant = op.constant(openvino.Tensor(pairs(codes).contiguous().numpy(), [N, K // GROUP, GROUP], openvino.Type.u4), shared_memory=False)
-        centred = op.subtract(op.convert(constant, "f16"), op.convert(op.constant(numpy.array([[[8]]], numpy.uint8)), "f16"))
+        constant = op.constant(
+            openvino.Tensor(pairs(codes).contiguous().numpy(), [N, K // GROUP, GROUP], openvino.Type.u4),
+            shared_memory=False,
+        )
+        centred = op.subtract(
+            op.convert(constant, "f16"), op.convert(op.constant(numpy.array([[[8]]], numpy.uint8)), "f16")
+        )
         scaled = op.multiply(centred, op.constant(scale.half().numpy()[..., None]))
         dense = op.convert(op.reshape(scaled, op.constant(numpy.array([N, K])), False), "f32")
         x_ = op.parameter([-1, K], numpy.float32)
-        settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": precision, "ENABLE_CPU_PINNING": False}
+        settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": precision,
+            "ENABLE_CPU_PINNING": False,
+        }
         settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = activation_group
-        request = openvino.Core().compile_model(openvino.Model([op.matmul(x_, dense, False, True)], [x_]), "CPU", settings).create_infer_request()
+        request = (
+            openvino.Core()
+            .compile_model(openvino.Model([op.matmul(x_, dense, False, True)], [x_]), "CPU", settings)
+            .create_infer_request()
+        )
 
         def forward(x: Tensor) -> Tensor:
             request.set_input_tensor(openvino.Tensor(x.numpy(), shared_memory=True))
@@ -189,7 +210,9 @@ def auto_round_int4(compute: str) -> Callable[[Tensor, int], Call]:
         N, K = weight.shape
         settings = (GROUP, compute, "int4", "fp32", False)
         signed = (codes.to(torch.int8) - 8).T.contiguous()
-        packed = auto_round_kernel.repack_quantized_weight(signed, scale.T.contiguous(), torch.empty(0, dtype=torch.int8), *settings)
+        packed = auto_round_kernel.repack_quantized_weight(
+            signed, scale.T.contiguous(), torch.empty(0, dtype=torch.int8), *settings
+        )
         bias = torch.empty(0)
         return lambda x: auto_round_kernel.woqgemm(x, packed, bias, N, K, *settings)
 

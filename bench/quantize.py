@@ -1,13 +1,17 @@
-"""Quantizing the encoder of a BERT-base, 85 M weights: time of each operator and of quantize_model, memory, and whether Python runs meanwhile.
+"""Quantizing the encoder of a BERT-base, 85 M weights: time of each operator and of quantize_model, memory, and whether
+Python runs meanwhile.
 
-    python bench/quantize.py                         72 matrices and the model, with torch's own number of threads and with 1
+    python bench/quantize.py                         72 matrices and the model, with torch's own number of threads and
+                                                     with 1
     python bench/quantize.py --layers 2 --rounds 2   a smaller encoder
 
-Three parts. Operators: statistics, outlier counts, selection of r = 5 dimensions, codes and packing, and the layout of the device's kernels, over all matrices,
-beside a copy of the weights. Model: quantize_model as a whole. Both in processes of their own. Interpreter: each operator on one large matrix with one thread,
-while a Python thread counts: its longest pause is as long as the operator where that keeps the interpreter's lock.
+Three parts. Operators: statistics, outlier counts, selection of r = 5 dimensions, codes and packing, and the layout of
+the device's kernels, over all matrices, beside a copy of the weights. Model: quantize_model as a whole. Both in
+processes of their own. Interpreter: each operator on one large matrix with one thread, while a Python thread counts:
+its longest pause is as long as the operator where that keeps the interpreter's lock.
 
-Memory is the peak of the resident set above what was held before, less what the results themselves take. The error is that of the 4-bit weights.
+Memory is the peak of the resident set above what was held before, less what the results themselves take. The error is
+that of the 4-bit weights.
 """
 
 import argparse
@@ -43,12 +47,15 @@ COPY, TOTAL = "torch: copy of the weights", "all operators"
 
 def encoder(layers: int, hidden: int) -> list[Tensor]:
     shapes = [(hidden, hidden)] * 4 + [(4 * hidden, hidden), (hidden, 4 * hidden)]
-    return [torch.randn(shape, generator=torch.Generator().manual_seed(i)) * 0.02 for i, shape in enumerate(shapes * layers)]
+    return [
+        torch.randn(shape, generator=torch.Generator().manual_seed(i)) * 0.02 for i, shape in enumerate(shapes * layers)
+    ]
 
 
 def resident_now() -> int | None:
-    """Bytes that are held, the peak starting anew from here; None where the system does not let it. What was freed is given back before: a later
-    allocation that used it again would not be seen."""
+    """Bytes that are held, the peak starting anew from here; None where the system does not let it. What was freed is
+    given back before: a later allocation that used it again would not be seen.
+    """
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
@@ -57,7 +64,7 @@ def resident_now() -> int | None:
     return resident_bytes()
 
 
-# ---- the operators ---------------------------------------------------------------------------------------------------------------------------
+# ---- the operators ---------------------------------------------------------------------------------------------------
 
 
 def steps(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +74,9 @@ def steps(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def stages(weight: Tensor) -> list[tuple[str, Callable[[Any], Any]]]:
-    """The operators that turn a weight into what a layer stores; each is given the results of those before it, by their names."""
+    """The operators that turn a weight into what a layer stores; each is given the results of those before it, by their
+    names.
+    """
     N, K = weight.shape
 
     def count(results: dict[str, Any]) -> Any:
@@ -111,7 +120,10 @@ def operators(arguments: argparse.Namespace, threads: int) -> list[Row]:
     peak = None if before is None else peak_bytes() - before - sum(tensor.nbytes for tensor in kept)
     results = [run_all(weight) for weight in weights]
     read, packed = sum(weight.nbytes for weight in weights), sum(tensor.nbytes for tensor in kept)
-    error = math.sqrt(sum(_squared_error(weight, result) for weight, result in zip(weights, results, strict=True)) / sum(_squares(w) for w in weights))
+    error = math.sqrt(
+        sum(_squared_error(weight, result) for weight, result in zip(weights, results, strict=True))
+        / sum(_squares(w) for w in weights)
+    )
     del kept
     peaks = timing.peaks(threads)
 
@@ -133,12 +145,20 @@ def operators(arguments: argparse.Namespace, threads: int) -> list[Row]:
 
     moved = {"weight_stats": read, "outlier_counts": read, "quantize_pack": read + packed, "prepack": 2 * packed}
     contenders = [Contender(COPY, over_all(Tensor.clone), COPY, bytes=2 * read)]
-    contenders += [Contender(name, stage(i), COPY, bytes=moved.get(name, 0)) for i, (name, _) in enumerate(stages(weights[0]))]
+    contenders += [
+        Contender(name, stage(i), COPY, bytes=moved.get(name, 0)) for i, (name, _) in enumerate(stages(weights[0]))
+    ]
     contenders += [Contender(TOTAL, over_all(run_all), COPY, bytes=3 * read + packed, error_with_float_weights=error)]
     rows = timing.measure(contenders, arguments.rounds, arguments.budget, threads, peaks)
-    memory = {"peak_extra_mb": None if peak is None else peak / MB, "largest_matrix_mb": max(weight.nbytes for weight in weights) / MB}
+    memory = {
+        "peak_extra_mb": None if peak is None else peak / MB,
+        "largest_matrix_mb": max(weight.nbytes for weight in weights) / MB,
+    }
     sizes = {"weights": sum(weight.numel() for weight in weights), "matrices": len(weights)}
-    return [{"part": "operators", "peaks": vars(peaks), **row, **sizes, **(memory if row["name"] == TOTAL else {})} for row in rows]
+    return [
+        {"part": "operators", "peaks": vars(peaks), **row, **sizes, **(memory if row["name"] == TOTAL else {})}
+        for row in rows
+    ]
 
 
 def _squares(weight: Tensor) -> float:
@@ -153,16 +173,25 @@ def _squared_error(weight: Tensor, result: dict[str, Any]) -> float:
     return (values - weight).double().square().sum().item()
 
 
-# ---- the whole model ----------------------------------------------------------------------------------------------------------------------------
+# ---- the whole model -------------------------------------------------------------------------------------------------
 
 
 def model(arguments: argparse.Namespace, threads: int) -> list[Row]:
     from transformers import BertConfig, BertModel
 
     heads = max(1, arguments.hidden // 64)
-    shape = {"num_hidden_layers": arguments.layers, "hidden_size": arguments.hidden, "num_attention_heads": heads, "intermediate_size": 4 * arguments.hidden}
+    shape = {
+        "num_hidden_layers": arguments.layers,
+        "hidden_size": arguments.hidden,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * arguments.hidden,
+    }
     base = BertModel(BertConfig(**shape)).eval()
-    quantize_model(BertModel(BertConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=1, intermediate_size=32)), PreQuantConfig())  # imports
+    # imports
+    quantize_model(
+        BertModel(BertConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=1, intermediate_size=32)),
+        PreQuantConfig(),
+    )
     torch.set_num_threads(threads)
     tries, peak = timing.Samples(), None
     for turn in range(arguments.rounds):
@@ -179,23 +208,25 @@ def model(arguments: argparse.Namespace, threads: int) -> list[Row]:
             peak = (peak_bytes() - before - quantized) / MB
     linears = [row for row in report.rows if row.kind == "linear"]
     norm = math.sqrt(sum(_squares(base.get_submodule(row.name).weight) for row in linears))
-    return [{
-        "part": "model",
-        "name": "quantize_model",
-        "threads": threads,
-        "milliseconds": 1e3 * timing.median(tries),
-        "rounds": len(tries.seconds),
-        "noisy": tries.is_clean.count(False),
-        "weights": sum(math.prod(row.shape) for row in report.rows),
-        "matrices": len(linears),
-        "peak_extra_mb": peak,
-        "quantized_mb": quantized / MB,
-        "largest_matrix_mb": 4 * max(math.prod(row.shape) for row in linears) / MB,
-        "error_with_float_weights": report.l2_error / norm,
-    }]  # fmt: skip
+    return [
+        {
+            "part": "model",
+            "name": "quantize_model",
+            "threads": threads,
+            "milliseconds": 1e3 * timing.median(tries),
+            "rounds": len(tries.seconds),
+            "noisy": tries.is_clean.count(False),
+            "weights": sum(math.prod(row.shape) for row in report.rows),
+            "matrices": len(linears),
+            "peak_extra_mb": peak,
+            "quantized_mb": quantized / MB,
+            "largest_matrix_mb": 4 * max(math.prod(row.shape) for row in linears) / MB,
+            "error_with_float_weights": report.l2_error / norm,
+        }
+    ]
 
 
-# ---- the interpreter ----------------------------------------------------------------------------------------------------------------------------
+# ---- the interpreter -------------------------------------------------------------------------------------------------
 
 
 class Counter(threading.Thread):
@@ -219,14 +250,29 @@ def interpreter(arguments: argparse.Namespace) -> list[Row]:
     weight, rows = torch.randn(reporting.shape(arguments.matrix)), []
     results = run_all(weight)
     usual = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)  # seconds: how long an operator that is done may wait for the lock, which is counted as its own time
+    # seconds: how long an operator that is done may wait for the lock, which is counted as its own time
+    sys.setswitchinterval(1e-4)
     for name, call in stages(weight):
         tries = [counted_meanwhile(partial(call, results)) for _ in range(TRIES)]
-        # A core that was taken away lengthens a pause; nothing shortens it while the lock is kept. So the shortest of all is the one to believe.
+        # A core that was taken away lengthens a pause; nothing shortens it while the lock is kept. So the shortest of
+        # all is the one to believe.
         seconds, pause = (min(one[index] for one in tries) for index in (0, 1))
-        figures = {"milliseconds": 1e3 * seconds, "counted": max(one[2] for one in tries), "longest_pause_milliseconds": 1e3 * pause}
+        figures = {
+            "milliseconds": 1e3 * seconds,
+            "counted": max(one[2] for one in tries),
+            "longest_pause_milliseconds": 1e3 * pause,
+        }
         is_released = pause < seconds / 2 if seconds > TOO_SHORT else None
-        rows.append({"part": "interpreter", "name": name, "threads": 1, "matrix": list(weight.shape), **figures, "is_released": is_released})
+        rows.append(
+            {
+                "part": "interpreter",
+                "name": name,
+                "threads": 1,
+                "matrix": list(weight.shape),
+                **figures,
+                "is_released": is_released,
+            }
+        )
     sys.setswitchinterval(usual)
     return rows
 
@@ -254,16 +300,37 @@ def in_its_own_process(part: str, threads: int) -> list[Row]:
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
 
-# ---- what is printed ----------------------------------------------------------------------------------------------------------------------------
+# ---- what is printed -------------------------------------------------------------------------------------------------
 
 
 def results_table(rows: list[Row]) -> str:
-    titles = ["what", "threads", "ms", "time of a copy", "%", "error of the weights", "extra MB at the peak", "largest matrix MB"]
-    return reporting.table(titles, ([
-        f"{row['name']}{reporting.mark([row])}", str(row["threads"]), f"{row['milliseconds']:.1f}", _or_dash(row, "speedup", lambda speed: f"{1 / speed:.2f}×"),
-        _or_dash(row, "roofline_share", lambda share: f"{100 * share:.0f}"), _or_dash(row, "error_with_float_weights", "{:.3f}".format),
-        _or_dash(row, "peak_extra_mb", "{:.1f}".format), _or_dash(row, "largest_matrix_mb", "{:.1f}".format),
-    ] for row in rows if row["part"] != "interpreter"))  # fmt: skip
+    titles = [
+        "what",
+        "threads",
+        "ms",
+        "time of a copy",
+        "%",
+        "error of the weights",
+        "extra MB at the peak",
+        "largest matrix MB",
+    ]
+    return reporting.table(
+        titles,
+        (
+            [
+                f"{row['name']}{reporting.mark([row])}",
+                str(row["threads"]),
+                f"{row['milliseconds']:.1f}",
+                _or_dash(row, "speedup", lambda speed: f"{1 / speed:.2f}×"),
+                _or_dash(row, "roofline_share", lambda share: f"{100 * share:.0f}"),
+                _or_dash(row, "error_with_float_weights", "{:.3f}".format),
+                _or_dash(row, "peak_extra_mb", "{:.1f}".format),
+                _or_dash(row, "largest_matrix_mb", "{:.1f}".format),
+            ]
+            for row in rows
+            if row["part"] != "interpreter"
+        ),
+    )
 
 
 def _or_dash(row: Row, key: str, text: Callable[[float], str]) -> str:
@@ -273,10 +340,21 @@ def _or_dash(row: Row, key: str, text: Callable[[float], str]) -> str:
 def interpreter_table(rows: list[Row]) -> str:
     verdicts = {True: "runs", False: "waits", None: "too short to tell"}
     titles = ["operator, one thread", "matrix", "ms", "counted meanwhile", "longest pause ms", "Python"]
-    return reporting.table(titles, ([
-        row["name"], " x ".join(map(str, row["matrix"])), f"{row['milliseconds']:.1f}", f"{row['counted']:,}", f"{row['longest_pause_milliseconds']:.1f}",
-        verdicts[row["is_released"]],
-    ] for row in rows if row["part"] == "interpreter"))  # fmt: skip
+    return reporting.table(
+        titles,
+        (
+            [
+                row["name"],
+                " x ".join(map(str, row["matrix"])),
+                f"{row['milliseconds']:.1f}",
+                f"{row['counted']:,}",
+                f"{row['longest_pause_milliseconds']:.1f}",
+                verdicts[row["is_released"]],
+            ]
+            for row in rows
+            if row["part"] == "interpreter"
+        ),
+    )
 
 
 @torch.no_grad()
@@ -284,20 +362,34 @@ def main() -> None:
     parser = reporting.options(__doc__, rounds=5)
     parser.add_argument("--layers", type=int, default=12, help="default: 12")
     parser.add_argument("--hidden", type=int, default=768, help="default: 768")
-    parser.add_argument("--matrix", default="8192x4096", metavar="NxK", help="for the interpreter's part; default: 8192x4096")
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds for the rounds of the operators; default: 20")
+    parser.add_argument(
+        "--matrix", default="8192x4096", metavar="NxK", help="for the interpreter's part; default: 8192x4096"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=20.0, help="seconds for the rounds of the operators; default: 20"
+    )
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
         print(json.dumps(PARTS[arguments.part](arguments, arguments.threads[0])))
         return
     about = reporting.header(arguments.threads, ["transformers"])
-    rows = [row for part in ("operators", "model") for threads in arguments.threads for row in in_its_own_process(part, threads)]
+    rows = [
+        row
+        for part in ("operators", "model")
+        for threads in arguments.threads
+        for row in in_its_own_process(part, threads)
+    ]
     by_threads = {row["threads"]: timing.Peaks(**row.pop("peaks")) for row in rows if "peaks" in row}
     rows += interpreter(arguments)
-    reporting.write_json(arguments.json, reporting.record(about, rows, by_threads, layers=arguments.layers, hidden=arguments.hidden))
+    reporting.write_json(
+        arguments.json, reporting.record(about, rows, by_threads, layers=arguments.layers, hidden=arguments.hidden)
+    )
     print(reporting.headline(about))
-    print(f"BERT of {arguments.layers} layers of {arguments.hidden}; an encoder of {rows[0]['weights']:,} weights. *: noisy")
+    print(
+        f"BERT of {arguments.layers} layers of {arguments.hidden}; an encoder of {rows[0]['weights']:,} weights. *: "
+        "noisy"
+    )
     print(reporting.peaks_line(by_threads))
     print(results_table(rows))
     print(interpreter_table(rows))

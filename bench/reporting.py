@@ -1,4 +1,5 @@
-"""What the benchmarks of the CPU print and keep: the header that says what was measured on what, tables, JSON, common options.
+"""What the benchmarks of the CPU print and keep: the header that says what was measured on what, tables, JSON, common
+options.
 
 Tables and headers go to standard output, progress to standard error.
 """
@@ -57,7 +58,8 @@ def _mean_cell(rows: Sequence[Row], shapes: int) -> str:
     if not rows:
         return "–"
     speed, share = (statistics.geometric_mean(row[key] for row in rows) for key in ("speedup", "roofline_share"))
-    took = f" ({len(rows)} of {shapes})" if len(rows) < shapes else ""  # shapes: such a mean is of others than its neighbours'
+    # shapes: such a mean is of others than its neighbours'
+    took = f" ({len(rows)} of {shapes})" if len(rows) < shapes else ""
     return f"{speed:.2f}× {100 * share:.0f} %{mark(rows)}{took}"
 
 
@@ -71,14 +73,21 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor() or platform.machine(),
+    )
 
 
 def commit() -> str | None:
     """Of the checkout that this file is in, ``-dirty`` where its files differ."""
     if not (ROOT / ".git").exists():
         return None
-    done = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+        capture_output=True,
+        text=True,
+    )
     return done.stdout.strip() or None
 
 
@@ -100,7 +109,12 @@ def header(threads: Sequence[int], packages: Sequence[str] = ()) -> Row:
         "cores": os.cpu_count(),
         "isa": doctor.build_info()["isa"],
         "threads": list(threads),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "prequant_ext": prequant_ext.__version__, **versions(packages)},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "prequant_ext": prequant_ext.__version__,
+            **versions(packages),
+        },
         "commit": commit(),
         "sees_other_processes": Path("/proc/self/schedstat").exists(),
     }
@@ -109,17 +123,31 @@ def header(threads: Sequence[int], packages: Sequence[str] = ()) -> Row:
 def headline(about: Row) -> str:
     installed = ", ".join(f"{package} {version}" for package, version in about["versions"].items() if version)
     threads = " and ".join(map(str, about["threads"]))
-    return f"{about['cpu']}, {about['cores']} cores, level {about['isa']}, {threads} thread(s), {installed}, commit {about['commit'] or 'unknown'}"
+    return (
+        f"{about['cpu']}, {about['cores']} cores, level {about['isa']}, {threads} thread(s), {installed}, commit "
+        f"{about['commit'] or 'unknown'}"
+    )
 
 
 def peaks_line(by_threads: dict[int, Peaks]) -> str:
     """What the shares are shares of."""
-    each = "; ".join(f"{threads} thread(s): {peak.gigaflops:.0f} GFLOP/s, {peak.gigabytes_per_second:.1f} GB/s" for threads, peak in by_threads.items())
-    return f"%: share of the roofline, from this machine's own measured peaks of a float32 matrix product and of a copy in memory ({each})"
+    each = "; ".join(
+        f"{threads} thread(s): {peak.gigaflops:.0f} GFLOP/s, {peak.gigabytes_per_second:.1f} GB/s"
+        for threads, peak in by_threads.items()
+    )
+    return (
+        "%: share of the roofline, from this machine's own measured peaks of a float32 matrix product and of a "
+        f"copy in memory ({each})"
+    )
 
 
 def record(about: Row, rows: Sequence[Row], by_threads: dict[int, Peaks], **more: Any) -> Row:
-    return {"header": about, "peaks": {str(threads): vars(peak) for threads, peak in by_threads.items()}, **more, "rows": list(rows)}
+    return {
+        "header": about,
+        "peaks": {str(threads): vars(peak) for threads, peak in by_threads.items()},
+        **more,
+        "rows": list(rows),
+    }
 
 
 def write_json(path: Path | None, value: Row) -> None:
@@ -131,7 +159,7 @@ def write_json(path: Path | None, value: Row) -> None:
     partial.replace(path)
 
 
-# ---- options -------------------------------------------------------------------------------------------------------------------------------
+# ---- options ---------------------------------------------------------------------------------------------------------
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -143,8 +171,12 @@ def options(description: str | None, rounds: int | None = None) -> argparse.Argu
     """A parser with the options that every script has."""
     default = [torch.get_num_threads()]
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", nargs="+", type=int, default=default, metavar="T", help=f"default: {' '.join(map(str, default))}")
+    parser.add_argument(
+        "--threads", nargs="+", type=int, default=default, metavar="T", help=f"default: {' '.join(map(str, default))}"
+    )
     if rounds is not None:
-        parser.add_argument("--rounds", type=int, default=rounds, help=f"at most, of all contenders in turn; default: {rounds}")
+        parser.add_argument(
+            "--rounds", type=int, default=rounds, help=f"at most, of all contenders in turn; default: {rounds}"
+        )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there, too")
     return parser

@@ -3,8 +3,9 @@
     python bench/serve.py
     python bench/serve.py --layers 12 --hidden 768 --requests 1000 --clients 32 --json serve.json
 
-A server of a BERT with random weights runs as a process of its own; this one is its clients, each of which sends its next text when it has its answer.
-They share the machine: on few cores a figure is that of both. Sides with the same number of tasks take turns, and a figure is the median over the rounds.
+A server of a BERT with random weights runs as a process of its own; this one is its clients, each of which sends its
+next text when it has its answer. They share the machine: on few cores a figure is that of both. Sides with the same
+number of tasks take turns, and a figure is the median over the rounds.
 """
 
 import asyncio
@@ -43,7 +44,12 @@ def write_model(folder: Path, layers: int, hidden: int, tasks: int) -> list[Path
 
     torch.manual_seed(0)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    shape = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": max(1, hidden // 64), "intermediate_size": 4 * hidden}
+    shape = {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": max(1, hidden // 64),
+        "intermediate_size": 4 * hidden,
+    }
     model = BertForSequenceClassification(BertConfig(vocab_size=len(vocabulary), **shape))
     quantize_model(model, PreQuantConfig())
     model.save_pretrained(folder / "base")
@@ -60,10 +66,25 @@ def write_model(folder: Path, layers: int, hidden: int, tasks: int) -> list[Path
 
 @contextlib.contextmanager
 def server(base: Path, tasks: list[Path], max_batch: int, threads: int) -> Iterator[str]:
-    """The URL of a server, which is told to stop at the end. Raises RuntimeError where it does not start or does not stop."""
+    """The URL of a server, which is told to stop at the end. Raises RuntimeError where it does not start or does not
+    stop.
+    """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "prequant_ext.cli", "serve", str(base), "--tasks", *map(str, tasks), "--port", "0", "--json"]
-    with subprocess.Popen([*command, "--max-batch", str(max_batch)], stdout=subprocess.PIPE, text=True, env=environment) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "prequant_ext.cli",
+        "serve",
+        str(base),
+        "--tasks",
+        *map(str, tasks),
+        "--port",
+        "0",
+        "--json",
+    ]
+    with subprocess.Popen(
+        [*command, "--max-batch", str(max_batch)], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         try:
             line = process.stdout.readline() if process.stdout else ""
             if not line:
@@ -79,7 +100,12 @@ async def load(url: str, tasks: int, words: int, requests: int, clients: int) ->
     """One round of a closed loop. Raises httpx.HTTPStatusError where one is refused."""
     took: list[float] = []
     rng = random.Random(tasks)
-    bodies = iter([{"task": f"task{number % tasks}", "text": " ".join(rng.choices(WORDS, k=words))} for number in range(requests + clients * WARM_UP)])
+    bodies = iter(
+        [
+            {"task": f"task{number % tasks}", "text": " ".join(rng.choices(WORDS, k=words))}
+            for number in range(requests + clients * WARM_UP)
+        ]
+    )
     async with httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=None)) as client:
 
         async def ask(limit: int | None) -> None:
@@ -97,20 +123,43 @@ async def load(url: str, tasks: int, words: int, requests: int, clients: int) ->
         return took, time.perf_counter() - begin
 
 
-def row(name: str, tasks: int, max_batch: int, threads: int, rounds: list[Round], flops: float, peaks: timing.Peaks) -> Row:
-    p50, p99 = (statistics.median(statistics.quantiles(took, n=100, method="inclusive")[at] for took, _ in rounds) for at in (49, 98))
+def row(
+    name: str, tasks: int, max_batch: int, threads: int, rounds: list[Round], flops: float, peaks: timing.Peaks
+) -> Row:
+    p50, p99 = (
+        statistics.median(statistics.quantiles(took, n=100, method="inclusive")[at] for took, _ in rounds)
+        for at in (49, 98)
+    )
     rate = statistics.median(len(took) / seconds for took, seconds in rounds)
     return {
-        "name": name, "tasks": tasks, "max_batch": max_batch, "threads": threads, "milliseconds": 1e3 * p50, "p99_milliseconds": 1e3 * p99,
-        "requests_per_second": rate, "roofline_share": peaks.share(rate * flops, 0, 1.0), "requests": len(rounds[0][0]), "rounds": len(rounds),
-    }  # fmt: skip
+        "name": name,
+        "tasks": tasks,
+        "max_batch": max_batch,
+        "threads": threads,
+        "milliseconds": 1e3 * p50,
+        "p99_milliseconds": 1e3 * p99,
+        "requests_per_second": rate,
+        "roofline_share": peaks.share(rate * flops, 0, 1.0),
+        "requests": len(rounds[0][0]),
+        "rounds": len(rounds),
+    }
 
 
 def results_table(rows: list[Row]) -> str:
-    return reporting.table(["threads", "server", "p50 ms", "p99 ms", "requests/s", "%"], ([
-        str(row["threads"]), row["name"], f"{row['milliseconds']:.1f}", f"{row['p99_milliseconds']:.1f}", f"{row['requests_per_second']:.0f}",
-        f"{100 * row['roofline_share']:.0f}",
-    ] for row in rows))  # fmt: skip
+    return reporting.table(
+        ["threads", "server", "p50 ms", "p99 ms", "requests/s", "%"],
+        (
+            [
+                str(row["threads"]),
+                row["name"],
+                f"{row['milliseconds']:.1f}",
+                f"{row['p99_milliseconds']:.1f}",
+                f"{row['requests_per_second']:.0f}",
+                f"{100 * row['roofline_share']:.0f}",
+            ]
+            for row in rows
+        ),
+    )
 
 
 def main() -> None:
@@ -129,20 +178,35 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = write_model(Path(folder), arguments.layers, arguments.hidden, max(TASKS))
         for threads, peaks in by_threads.items():
-            sides: dict[tuple[int, int], list[Round]] = {(tasks, batch): [] for tasks in TASKS for batch in (arguments.max_batch, 1)}
-            with server(Path(folder) / "base", files, arguments.max_batch, threads) as mixed, server(Path(folder) / "base", files, 1, threads) as single:
+            sides: dict[tuple[int, int], list[Round]] = {
+                (tasks, batch): [] for tasks in TASKS for batch in (arguments.max_batch, 1)
+            }
+            with (
+                server(Path(folder) / "base", files, arguments.max_batch, threads) as mixed,
+                server(Path(folder) / "base", files, 1, threads) as single,
+            ):
                 for turn in range(arguments.rounds):
                     for (tasks, batch), rounds in sides.items():
                         url = single if batch == 1 else mixed
-                        rounds.append(asyncio.run(load(url, tasks, arguments.words, arguments.requests, arguments.clients)))
+                        rounds.append(
+                            asyncio.run(load(url, tasks, arguments.words, arguments.requests, arguments.clients))
+                        )
                     reporting.say(f"{threads} thread(s): round {turn + 1} of {arguments.rounds}")
             for (tasks, batch), rounds in sides.items():
                 name = f"{tasks} task(s), batches of up to {batch}"
                 rows.append(row(name, tasks, batch, threads, rounds, flops, peaks))
-    model = {"layers": arguments.layers, "hidden": arguments.hidden, "words": arguments.words, "clients": arguments.clients}
+    model = {
+        "layers": arguments.layers,
+        "hidden": arguments.hidden,
+        "words": arguments.words,
+        "clients": arguments.clients,
+    }
     reporting.write_json(arguments.json, reporting.record(about, rows, by_threads, model=model))
     print(reporting.headline(about))
-    print(f"BERT of {arguments.layers} layers of {arguments.hidden}, texts of {arguments.words} words, {arguments.clients} clients")
+    print(
+        f"BERT of {arguments.layers} layers of {arguments.hidden}, texts of {arguments.words} words, "
+        f"{arguments.clients} clients"
+    )
     print(f"{reporting.peaks_line(by_threads)}, for the products of the encoder alone")
     print(results_table(rows))
 

@@ -1,11 +1,13 @@
 """How the benchmarks of the CPU measure: interleaved rounds, the machine's own peaks, errors against float64.
 
-A round calls every contender, in an order that turns by one; a speed is a ratio of two times of the same round, and the figure is the median over the
-rounds. So a clock that drifts, or another program that comes and goes, meets all contenders alike. A sample in which our threads waited for a core
-(schedstat) is taken again; what could not be had undisturbed is counted as noisy.
+A round calls every contender, in an order that turns by one; a speed is a ratio of two times of the same round, and the
+figure is the median over the rounds. So a clock that drifts, or another program that comes and goes, meets all
+contenders alike. A sample in which our threads waited for a core (schedstat) is taken again; what could not be had
+undisturbed is counted as noisy.
 
-The roofline is measured, not looked up: float32 FMA through a large matrix product, memory through a large copy, with the threads of the run. A share is
-the time that the work would take at these peaks over the time that it took. It can pass 100 %: integer units are faster than float32 ones, caches than memory.
+The roofline is measured, not looked up: float32 FMA through a large matrix product, memory through a large copy, with
+the threads of the run. A share is the time that the work would take at these peaks over the time that it took. It can
+pass 100 %: integer units are faster than float32 ones, caches than memory.
 """
 
 import math
@@ -39,7 +41,8 @@ class Contender:
 
     baseline   the contender that its speed is a multiple of
     flops      that the result needs, and bytes that must at least be moved, for its share of the roofline
-    error      relative, in the 2-norm, against the float64 product of its own weights; error_with_float_weights: of the weights before they were quantized
+    error      relative, in the 2-norm, against the float64 product of its own weights; error_with_float_weights: of the
+               weights before they were quantized
     precision  torch.set_float32_matmul_precision while it runs
     """
 
@@ -70,11 +73,13 @@ class Peaks:
         return max(flops / self.gigaflops, moved / self.gigabytes_per_second) / 1e9 / seconds
 
 
-# ---- measuring -----------------------------------------------------------------------------------------------------------------------------
+# ---- measuring -------------------------------------------------------------------------------------------------------
 
 
 def waited_seconds() -> float:
-    """How long this process's threads stood ready without a core so far: it grows while others use the cores. 0 where the system does not say."""
+    """How long this process's threads stood ready without a core so far: it grows while others use the cores. 0 where
+    the system does not say.
+    """
     total = 0
     for path in Path("/proc/self/task").glob("*/schedstat"):
         try:
@@ -107,7 +112,9 @@ def undisturbed(call: Callable[[], object], calls: int, threads: int, retakes: i
 
 
 def interleaved(contenders: Sequence[Contender], rounds: int, budget: float, threads: int) -> dict[str, Samples]:
-    """Samples of each contender by its name: as many rounds as ``budget`` seconds allow, at least MIN_ROUNDS and at most ``rounds``."""
+    """Samples of each contender by its name: as many rounds as ``budget`` seconds allow, at least MIN_ROUNDS and at
+    most ``rounds``.
+    """
     calls, round_seconds = {}, 0.0
     for contender in contenders:
         torch.set_float32_matmul_precision(contender.precision)
@@ -138,7 +145,9 @@ def median(samples: Samples) -> float:
 
 
 def speedup(baseline: Samples, samples: Samples) -> float:
-    """How many times as fast as the baseline in the same round, over the rounds in which both ran undisturbed where there are any."""
+    """How many times as fast as the baseline in the same round, over the rounds in which both ran undisturbed where
+    there are any.
+    """
     pairs = list(zip(baseline.seconds, samples.seconds, baseline.is_clean, samples.is_clean, strict=True))
     clean = [base / own for base, own, *is_clean in pairs if all(is_clean)]
     return statistics.median(clean or [base / own for base, own, *_ in pairs])
@@ -164,7 +173,9 @@ def row(contender: Contender, own: Samples, baseline: Samples, threads: int, pea
 def measure(contenders: Sequence[Contender], rounds: int, budget: float, threads: int, peaks: Peaks) -> list[Row]:
     """A row for each contender, all of them timed in the same rounds."""
     samples = interleaved(contenders, rounds, budget, threads)
-    return [row(contender, samples[contender.name], samples[contender.baseline], threads, peaks) for contender in contenders]
+    return [
+        row(contender, samples[contender.name], samples[contender.baseline], threads, peaks) for contender in contenders
+    ]
 
 
 def peaks(threads: int, side: int = 1536, megabytes: int = 128) -> Peaks:
@@ -178,15 +189,19 @@ def peaks(threads: int, side: int = 1536, megabytes: int = 128) -> Peaks:
 
 
 def encoder_flops(layers: int, hidden: int, batch: int, seq: int) -> float:
-    """Of the matrix products of a BERT encoder's forward: twelve weight matrices of hidden x hidden a layer, and attention's two products."""
+    """Of the matrix products of a BERT encoder's forward: twelve weight matrices of hidden x hidden a layer, and
+    attention's two products.
+    """
     return 2.0 * layers * batch * seq * (12 * hidden**2 + 2 * seq * hidden)
 
 
-# ---- accuracy ------------------------------------------------------------------------------------------------------------------------------
+# ---- accuracy --------------------------------------------------------------------------------------------------------
 
 
 def float64_product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x weight^T``, a strip of weight at a time: a float64 copy of a large one would take more memory than all else."""
+    """``x weight^T``, a strip of weight at a time:
+    a float64 copy of a large one would take more memory than all else.
+    """
     return torch.cat([x.double() @ rows.double().T for rows in weight.split(1024)], 1)
 
 

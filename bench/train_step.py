@@ -1,14 +1,18 @@
-"""Time and memory of one training step of a BERT-like encoder: PreQuant beside full fine-tuning, BitFit, LoRA and QLoRA.
+"""Time and memory of one training step of a BERT-like encoder: PreQuant beside full fine-tuning, BitFit, LoRA and
+QLoRA.
 
     python bench/train_step.py                                   4 layers of 768, 16 sequences of 128
-    python bench/train_step.py --only prequant bitfit --steps 3  methods with one of these words in their names, and full fine-tuning, which is the unit
+    python bench/train_step.py --only prequant bitfit --steps 3  methods with one of these words in their names, and
+                                                                 full fine-tuning, which is the unit
     python bench/train_step.py --layers 12 --threads 1
 
-Every method runs in a process of its own, so that its peak of resident memory is its own, above what its imports hold. A round is one step of each in turn;
-the first is a warm-up. LoRA needs peft and QLoRA bitsandbytes: pip install 'prequant_ext[bench]'; a method that cannot run is listed with the reason.
+Every method runs in a process of its own, so that its peak of resident memory is its own, above what its imports hold.
+A round is one step of each in turn; the first is a warm-up. LoRA needs peft and QLoRA bitsandbytes: pip install
+'prequant_ext[bench]'; a method that cannot run is listed with the reason.
 
-The error is that of the logits, in eval mode before the first step, against the same float model's. A share of the roofline counts the matrix products that
-the method needs: forward and input gradients, and for full fine-tuning the weights' gradients.
+The error is that of the logits, in eval mode before the first step, against the same float model's. A share of the
+roofline counts the matrix products that the method needs: forward and input gradients, and for full fine-tuning the
+weights' gradients.
 """
 
 import argparse
@@ -68,7 +72,9 @@ def qlora(model: nn.Module) -> nn.Module:
 
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear) and "encoder" in name:
-            layer = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, compute_dtype=torch.float32, quant_type="nf4")
+            layer = bitsandbytes.nn.Linear4bit(
+                linear.in_features, linear.out_features, compute_dtype=torch.float32, quant_type="nf4"
+            )
             layer.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
             layer.bias.data = linear.bias.data
             model.set_submodule(name, layer.to("cpu"))
@@ -98,7 +104,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-# ---- a method's own process: one line of JSON when it is ready, then one for every line that it reads ------------------------------------------
+# ---- a method's own process: one line of JSON when it is ready, then one for every line that it reads ----------------
 
 
 def work(name: str, arguments: argparse.Namespace) -> None:
@@ -111,19 +117,30 @@ def work(name: str, arguments: argparse.Namespace) -> None:
     for module in method.imports:
         importlib.import_module(module)
     heads = max(1, arguments.hidden // 64)
-    shape = {"num_hidden_layers": arguments.layers, "hidden_size": arguments.hidden, "num_attention_heads": heads, "intermediate_size": 4 * arguments.hidden}
+    shape = {
+        "num_hidden_layers": arguments.layers,
+        "hidden_size": arguments.hidden,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * arguments.hidden,
+    }
     config = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=max(512, arguments.seq), **shape)
     imported = resident_bytes()
     torch.manual_seed(0)
     model = BertForSequenceClassification(config)
-    ids, labels = torch.randint(0, VOCABULARY, (arguments.batch, arguments.seq)), torch.randint(0, 2, (arguments.batch,))
+    ids, labels = (
+        torch.randint(0, VOCABULARY, (arguments.batch, arguments.seq)),
+        torch.randint(0, 2, (arguments.batch,)),
+    )
     model = method.prepare(model).eval()
     with torch.no_grad():
         logits = model(input_ids=ids).logits
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
-    print(json.dumps({"logits": logits.flatten().tolist(), "trainable": sum(parameter.numel() for parameter in trained)}), flush=True)
+    print(
+        json.dumps({"logits": logits.flatten().tolist(), "trainable": sum(parameter.numel() for parameter in trained)}),
+        flush=True,
+    )
 
     for _ in sys.stdin:
         waited, times = timing.waited_seconds(), [time.perf_counter()]
@@ -136,9 +153,15 @@ def work(name: str, arguments: argparse.Namespace) -> None:
         times.append(time.perf_counter())
         seconds = times[3] - times[0]
         lost = (timing.waited_seconds() - waited) / (seconds * arguments.threads[0])
-        parts = {part: end - begin for part, begin, end in zip(("forward", "backward", "optimizer"), times, times[1:], strict=False)}
+        parts = {
+            part: end - begin
+            for part, begin, end in zip(("forward", "backward", "optimizer"), times, times[1:], strict=False)
+        }
         peak = (peak_bytes() - imported) / MB
-        print(json.dumps({"seconds": seconds, "lost": lost, **parts, "loss": loss.item(), "peak_mb_above_imports": peak}), flush=True)
+        print(
+            json.dumps({"seconds": seconds, "lost": lost, **parts, "loss": loss.item(), "peak_mb_above_imports": peak}),
+            flush=True,
+        )
 
 
 @dataclass
@@ -176,13 +199,20 @@ def start(name: str, threads: int) -> Worker:
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the worker
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *sys.argv, "--threads", str(threads), "--worker", name]
-    return Worker(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment), errors)
+    return Worker(
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ),
+        errors,
+    )
 
 
-# ---- all of them -----------------------------------------------------------------------------------------------------------------------------
+# ---- all of them -----------------------------------------------------------------------------------------------------
 
 
-def compare(names: list[str], threads: int, arguments: argparse.Namespace, peaks: timing.Peaks) -> tuple[list[Row], dict[str, str]]:
+def compare(
+    names: list[str], threads: int, arguments: argparse.Namespace, peaks: timing.Peaks
+) -> tuple[list[Row], dict[str, str]]:
     """A row for every method, and the reasons of those that could not run."""
     workers: dict[str, Worker] = {}
     ready: dict[str, Row] = {}
@@ -192,7 +222,8 @@ def compare(names: list[str], threads: int, arguments: argparse.Namespace, peaks
         absent = [module for module in METHODS[name].imports if importlib.util.find_spec(module) is None]
         if absent:
             missing[name] = f"{' and '.join(absent)} not installed"
-    for name in [name for name in names if name not in missing]:  # one after the other: two that load at once would wait for each other's cores
+    # one after the other: two that load at once would wait for each other's cores
+    for name in [name for name in names if name not in missing]:
         say(f"{threads} thread(s): loading {name}")
         workers[name] = start(name, threads)
         try:
@@ -206,35 +237,82 @@ def compare(names: list[str], threads: int, arguments: argparse.Namespace, peaks
                     steps[name].append(workers[name].step())
                 except RuntimeError as error:
                     missing[name] = str(error)
-        say(f"round {turn} of {arguments.steps}: " + ", ".join(f"{name} {taken[-1]['seconds']:.2f} s" for name, taken in steps.items() if taken))
+        say(
+            f"round {turn} of {arguments.steps}: "
+            + ", ".join(f"{name} {taken[-1]['seconds']:.2f} s" for name, taken in steps.items() if taken)
+        )
     for worker in workers.values():
         worker.end()
     if FULL in missing:
         sys.exit(f"{FULL}, the unit of all others, failed: {missing[FULL]}")
 
     measured = {name: taken[1:] for name, taken in steps.items() if name not in missing}
-    samples = {name: Samples([step["seconds"] for step in taken], [step["lost"] <= timing.LOST for step in taken]) for name, taken in measured.items()}
+    samples = {
+        name: Samples([step["seconds"] for step in taken], [step["lost"] <= timing.LOST for step in taken])
+        for name, taken in measured.items()
+    }
     exact = torch.tensor(ready[FULL]["logits"], dtype=torch.float64)
     rows = []
     for name, taken in measured.items():
-        flops = METHODS[name].products * timing.encoder_flops(arguments.layers, arguments.hidden, arguments.batch, arguments.seq)
+        flops = METHODS[name].products * timing.encoder_flops(
+            arguments.layers, arguments.hidden, arguments.batch, arguments.seq
+        )
         off = timing.relative_error(torch.tensor(ready[name]["logits"]), exact)
-        contender = Contender(name, lambda: None, FULL, flops, error_with_float_weights=off, precision=METHODS[name].precision)
+        contender = Contender(
+            name, lambda: None, FULL, flops, error_with_float_weights=off, precision=METHODS[name].precision
+        )
         row = timing.row(contender, samples[name], samples[FULL], threads, peaks)
-        medians = {f"{part}_milliseconds": 1e3 * torch.tensor([step[part] for step in taken]).median().item() for part in ("forward", "backward", "optimizer")}
+        medians = {
+            f"{part}_milliseconds": 1e3 * torch.tensor([step[part] for step in taken]).median().item()
+            for part in ("forward", "backward", "optimizer")
+        }
         last = taken[-1]
-        rows.append(row | medians | {key: last[key] for key in ("loss", "peak_mb_above_imports")} | {"trainable": ready[name]["trainable"]})
+        rows.append(
+            row
+            | medians
+            | {key: last[key] for key in ("loss", "peak_mb_above_imports")}
+            | {"trainable": ready[name]["trainable"]}
+        )
     return rows, missing
 
 
 def results_table(rows: list[Row], threads: int) -> str:
     parts = ["step ms", "forward", "backward", "optimizer"]
-    titles = [f"{threads} thread(s)", *parts, "×", "%", "peak MB above imports", "trained", "error of the logits", "loss"]
-    return reporting.table(titles, ([
-        row["name"], *(f"{row[key]:.0f}" for key in ("milliseconds", "forward_milliseconds", "backward_milliseconds", "optimizer_milliseconds")),
-        f"{row['speedup']:.2f}{reporting.mark([row])}", f"{100 * row['roofline_share']:.0f}", f"{row['peak_mb_above_imports']:.0f}", f"{row['trainable']:,}",
-        f"{row['error_with_float_weights']:.1e}", f"{row['loss']:.3f}",
-    ] for row in rows if row["threads"] == threads))  # fmt: skip
+    titles = [
+        f"{threads} thread(s)",
+        *parts,
+        "×",
+        "%",
+        "peak MB above imports",
+        "trained",
+        "error of the logits",
+        "loss",
+    ]
+    return reporting.table(
+        titles,
+        (
+            [
+                row["name"],
+                *(
+                    f"{row[key]:.0f}"
+                    for key in (
+                        "milliseconds",
+                        "forward_milliseconds",
+                        "backward_milliseconds",
+                        "optimizer_milliseconds",
+                    )
+                ),
+                f"{row['speedup']:.2f}{reporting.mark([row])}",
+                f"{100 * row['roofline_share']:.0f}",
+                f"{row['peak_mb_above_imports']:.0f}",
+                f"{row['trainable']:,}",
+                f"{row['error_with_float_weights']:.1e}",
+                f"{row['loss']:.3f}",
+            ]
+            for row in rows
+            if row["threads"] == threads
+        ),
+    )
 
 
 def main() -> None:
@@ -242,13 +320,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="rounds after the warm-up; default: 5")
     for name, default in (("layers", 4), ("hidden", 768), ("seq", 128), ("batch", 16)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help=f"methods with one of these words in their names, of: {'; '.join(METHODS)}")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="WORD",
+        help=f"methods with one of these words in their names, of: {'; '.join(METHODS)}",
+    )
     parser.add_argument("--worker", choices=METHODS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         work(arguments.worker, arguments)
         return
-    names = [name for name in METHODS if not arguments.only or name == FULL or any(word in name for word in arguments.only)]
+    names = [
+        name for name in METHODS if not arguments.only or name == FULL or any(word in name for word in arguments.only)
+    ]
     about = reporting.header(arguments.threads, ["transformers", "peft", "bitsandbytes"])
     by_threads = {threads: timing.peaks(threads) for threads in arguments.threads}
     rows: list[Row] = []
@@ -260,7 +345,10 @@ def main() -> None:
     model = {key: getattr(arguments, key) for key in ("layers", "hidden", "seq", "batch")}
     reporting.write_json(arguments.json, reporting.record(about, rows, by_threads, model=model, missing=missing))
     print(reporting.headline(about))
-    print("BERT of {layers} layers of {hidden}, batch {batch} x {seq}, AdamW. ".format(**model) + f"×: speed of {FULL} in the same rounds. *: noisy")
+    print(
+        "BERT of {layers} layers of {hidden}, batch {batch} x {seq}, AdamW. ".format(**model)
+        + f"×: speed of {FULL} in the same rounds. *: noisy"
+    )
     print(reporting.peaks_line(by_threads))
     for threads in arguments.threads:
         print(results_table(rows, threads))

@@ -1,4 +1,6 @@
-"""PreQuant: one 4-bit backbone for all tasks, r trained outlier dimensions for each (Gong et al., Findings of ACL 2023)."""
+"""PreQuant: one 4-bit backbone for all tasks, r trained outlier dimensions for each (Gong et al., Findings of ACL
+2023).
+"""
 
 import importlib.util
 
@@ -9,7 +11,17 @@ from prequant_ext.families import FAMILIES, Family
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import PlanRow, Report, plan, quantize_model, trainable_parameters
 from prequant_ext.prepare import prepare_model
-from prequant_ext.task import active_task, add_task, list_tasks, load_task, merge, remove_task, save_task, set_task, task_parameters
+from prequant_ext.task import (
+    active_task,
+    add_task,
+    list_tasks,
+    load_task,
+    merge,
+    remove_task,
+    save_task,
+    set_task,
+    task_parameters,
+)
 
 if importlib.util.find_spec("transformers") is not None:
     from prequant_ext import hf, t5_encoder  # noqa: F401  transformers finds no plug-ins by itself: importing this package registers ours

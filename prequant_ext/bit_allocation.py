@@ -1,12 +1,15 @@
-"""What each matrix loses at each width, and which bits each block should have within a size budget.  PreQuant, Section 5.5.
+"""What each matrix loses at each width, and which bits each block should have within a size budget.  PreQuant, Section
+5.5.
 
-No data is read: a loss is the squared error of the weights, ``sum (w' - w)^2``, outlier dimensions taken from the outlier weights. Losses of matrices are
-added as they are. Their sum is the square of ``Report.l2_error``, so that a proposal can be checked by quantizing with it; and for inputs of equal power
-in every direction it is the power of the error that the matrices add to their outputs. Relative errors would not do: matrices of one shape of
-distribution have the same one at a given width, whatever they are for, and could not be told apart.
+No data is read: a loss is the squared error of the weights, ``sum (w' - w)^2``, outlier dimensions taken from the
+outlier weights. Losses of matrices are added as they are. Their sum is the square of ``Report.l2_error``, so that a
+proposal can be checked by quantizing with it; and for inputs of equal power in every direction it is the power of the
+error that the matrices add to their outputs. Relative errors would not do: matrices of one shape of distribution have
+the same one at a given width, whatever they are for, and could not be told apart.
 
-What it cannot see: how far an error travels. The paper's Table 5 finds 2 bits in the bottom blocks far worse than in the top ones (T5 encoder, QNLI: 84.9
-against 92.3), since every later block works on what an early one spoilt. A sum over weights knows no order of blocks: try a proposal on a task.
+What it cannot see: how far an error travels. The paper's Table 5 finds 2 bits in the bottom blocks far worse than in
+the top ones (T5 encoder, QNLI: 84.9 against 92.3), since every later block works on what an early one spoilt. A sum
+over weights knows no order of blocks: try a proposal on a task.
 """
 
 import dataclasses
@@ -32,7 +35,9 @@ WIDTHS = (2, 3, 4, 8)
 
 @dataclass(frozen=True)
 class MatrixErrors:
-    """One matrix (N, K). squared_norm of its float weights; squared_error and code_bytes (of its containers) by bits; block: None where it is in none."""
+    """One matrix (N, K). squared_norm of its float weights; squared_error and code_bytes (of its containers) by bits;
+    block: None where it is in none.
+    """
 
     name: str
     block: Block | None
@@ -48,7 +53,9 @@ class MatrixErrors:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The errors of every matrix of a model at each of ``widths``. other_bytes: of the quantized model, all but these matrices' codes."""
+    """The errors of every matrix of a model at each of ``widths``. other_bytes: of the quantized model, all but these
+    matrices' codes.
+    """
 
     widths: tuple[int, ...]
     matrices: tuple[MatrixErrors, ...]
@@ -59,7 +66,10 @@ class Sensitivity:
         found: dict[Block, list[MatrixErrors]] = {}
         for matrix in self.matrices:
             if matrix.block is None:
-                raise ValueError(f"{matrix.name} is in no block that layer_bits could name: the family of the model is not known, pass family=Family(...)")
+                raise ValueError(
+                    f"{matrix.name} is in no block that layer_bits could name: the family of the model is not known, "
+                    "pass family=Family(...)"
+                )
             found.setdefault(matrix.block, []).append(matrix)
         return found
 
@@ -68,14 +78,22 @@ class Sensitivity:
         return sum(math.prod(matrix.shape) for matrix in self.matrices)
 
 
-def sensitivity(model: nn.Module, config: PreQuantConfig, *, widths: Sequence[int] = WIDTHS, family: Family | None = None) -> Sensitivity:
-    """Quantize every matrix of a float model at each of ``widths``, with the other settings of ``config``, and keep the errors.
+def sensitivity(
+    model: nn.Module, config: PreQuantConfig, *, widths: Sequence[int] = WIDTHS, family: Family | None = None
+) -> Sensitivity:
+    """Quantize every matrix of a float model at each of ``widths``, with the other settings of ``config``, and keep the
+    errors.
 
     The model stays as it is; ``bits`` and ``layer_bits`` of the config do not matter.
 
-    Raises ValueError as find_sites and quantize_matrix, for a model on the meta device, and for widths that are not distinct integers from 2 to 8.
+    Raises ValueError as find_sites and quantize_matrix, for a model on the meta device, and for widths that are not
+    distinct integers from 2 to 8.
     """
-    if not widths or len(set(widths)) < len(widths) or any(type(bits) is not int or not 2 <= bits <= 8 for bits in widths):
+    if (
+        not widths
+        or len(set(widths)) < len(widths)
+        or any(type(bits) is not int or not 2 <= bits <= 8 for bits in widths)
+    ):
         raise ValueError(f"widths must be distinct integers from 2 to 8, got {widths!r}")
     sites = [site for site in find_sites(model, config, family) if site.kind == "linear"]
     blocks = {block.name: block for block in blocks_of(model, family or family_of(model))}
@@ -84,9 +102,13 @@ def sensitivity(model: nn.Module, config: PreQuantConfig, *, widths: Sequence[in
         weight = _weight(model.get_submodule(site.name), site.is_transposed, site.name)
         errors, sizes = {}, {}
         for bits in widths:
-            found = quantize_matrix(weight, config, name=site.name, axis=str(site.axis), bits=bits, hidden_size=site.hidden_size)
+            found = quantize_matrix(
+                weight, config, name=site.name, axis=str(site.axis), bits=bits, hidden_size=site.hidden_size
+            )
             errors[bits], sizes[bits] = found.squared_error, _code_bytes(site.shape, bits)
-        matrices.append(MatrixErrors(site.name, block_holding(site.name, blocks), site.shape, _squared_norm(weight), errors, sizes))
+        matrices.append(
+            MatrixErrors(site.name, block_holding(site.name, blocks), site.shape, _squared_norm(weight), errors, sizes)
+        )
     return Sensitivity(tuple(widths), tuple(matrices), _other_bytes(model, config, family))
 
 
@@ -115,7 +137,7 @@ def _other_bytes(model: nn.Module, config: PreQuantConfig, family: Family | None
     return total
 
 
-# ---- the allocation -----------------------------------------------------------------------------------------------------
+# ---- the allocation --------------------------------------------------------------------------------------------------
 
 
 class Choice(NamedTuple):
@@ -127,16 +149,19 @@ class Choice(NamedTuple):
 
 
 def best_choices(options: Sequence[Sequence[Choice]], budget_bytes: float = math.inf) -> list[Choice]:
-    """Every choice of one option a block that no smaller or equal choice beats, smallest first: the whole trade of size against error, up to a budget.
+    """Every choice of one option a block that no smaller or equal choice beats, smallest first: the whole trade of size
+    against error, up to a budget.
 
-    Exact, by dynamic programming over the blocks, where going down the convex hull greedily would leave what the last step does not fill. It stays small:
-    the blocks of a stack have one size, so the sums of n of them are few.
+    Exact, by dynamic programming over the blocks, where going down the convex hull greedily would leave what the last
+    step does not fill. It stays small: the blocks of a stack have one size, so the sums of n of them are few.
     """
     least_left = [min(option.bytes for option in own) for own in options]
     front = [Choice(0, 0.0, ())]
     for i, own in enumerate(options):
         room = budget_bytes - sum(least_left[i + 1 :])
-        sums = (Choice(a.bytes + b.bytes, a.squared_error + b.squared_error, a.bits + b.bits) for a in front for b in own)
+        sums = (
+            Choice(a.bytes + b.bytes, a.squared_error + b.squared_error, a.bits + b.bits) for a in front for b in own
+        )
         front = _unbeaten(choice for choice in sums if choice.bytes <= room)
     return front
 
@@ -150,16 +175,22 @@ def _unbeaten(choices: Iterable[Choice]) -> list[Choice]:
 
 
 def propose_bits(options: Sequence[Mapping[int, tuple[int, float]]], budget_bytes: float) -> tuple[int, ...]:
-    """Bits of each block, of least total squared error within ``budget_bytes``; ``options``: bits -> (bytes, squared error) of each block.
+    """Bits of each block, of least total squared error within ``budget_bytes``; ``options``: bits -> (bytes, squared
+    error) of each block.
 
-    A width whose container another one fills with less error is never proposed: 3 bits take the place of 4, and 5 to 7 that of 8.
+    A width whose container another one fills with less error is never proposed: 3 bits take the place of 4, and 5 to 7
+    that of 8.
 
     Raises ValueError where even the smallest options do not fit.
     """
     smallest = sum(min(size for size, _ in own.values()) for own in options)
     if budget_bytes < smallest:
-        raise ValueError(f"budget_bytes must be at least {smallest:,}, which the narrowest codes take, got {budget_bytes:,.0f}")
-    return best_choices([[Choice(size, error, (bits,)) for bits, (size, error) in own.items()] for own in options], budget_bytes)[-1].bits
+        raise ValueError(
+            f"budget_bytes must be at least {smallest:,}, which the narrowest codes take, got {budget_bytes:,.0f}"
+        )
+    return best_choices(
+        [[Choice(size, error, (bits,)) for bits, (size, error) in own.items()] for own in options], budget_bytes
+    )[-1].bits
 
 
 @dataclass(frozen=True)
@@ -178,7 +209,8 @@ class Proposal:
     """Bits of each block within a budget. ``str()`` is a table.
 
     layer_bits       for PreQuantConfig, rules of whole runs of blocks
-    model_bytes      of the quantized model, as a checkpoint holds it; bits_per_weight: stored bits of its matrices' codes, on average
+    model_bytes      of the quantized model, as a checkpoint holds it; bits_per_weight: stored bits of its matrices'
+                     codes, on average
     squared_error    of all matrices
     """
 
@@ -190,12 +222,22 @@ class Proposal:
 
     @property
     def titles(self) -> tuple[str, ...]:
-        return ("block", "weights", *(f"L2 error, {bits} bits" for bits in self.blocks[0].squared_error), "proposed bits")
+        return (
+            "block",
+            "weights",
+            *(f"L2 error, {bits} bits" for bits in self.blocks[0].squared_error),
+            "proposed bits",
+        )
 
     def cells(self) -> list[Sequence[str]]:
         """A row a block, below ``titles``."""
         return [
-            (f"{own.block.stack}.{own.block.index}", f"{own.weights:,}", *(f"{math.sqrt(error):.4g}" for error in own.squared_error.values()), str(own.bits))
+            (
+                f"{own.block.stack}.{own.block.index}",
+                f"{own.weights:,}",
+                *(f"{math.sqrt(error):.4g}" for error in own.squared_error.values()),
+                str(own.bits),
+            )
             for own in self.blocks
         ]
 
@@ -212,7 +254,9 @@ class Proposal:
         return dataclasses.asdict(self)
 
 
-def propose_layer_bits(measured: Sensitivity, *, budget_bytes: float | None = None, bits_per_weight: float | None = None) -> Proposal:
+def propose_layer_bits(
+    measured: Sensitivity, *, budget_bytes: float | None = None, bits_per_weight: float | None = None
+) -> Proposal:
     """The ``layer_bits`` of least total squared error within a budget, exactly one of
 
     budget_bytes     of the whole quantized model, as a checkpoint holds it
@@ -220,10 +264,13 @@ def propose_layer_bits(measured: Sensitivity, *, budget_bytes: float | None = No
 
     Sizes are those of the containers (2, 4 or 8 bits).
 
-    Raises ValueError for no budget or two, for one that is no positive number or that not even the narrowest widths meet, and where the blocks are unknown.
+    Raises ValueError for no budget or two, for one that is no positive number or that not even the narrowest widths
+    meet, and where the blocks are unknown.
     """
     if (budget_bytes is None) == (bits_per_weight is None):
-        raise ValueError(f"the budget is either budget_bytes or bits_per_weight, got {budget_bytes!r} and {bits_per_weight!r}")
+        raise ValueError(
+            f"the budget is either budget_bytes or bits_per_weight, got {budget_bytes!r} and {bits_per_weight!r}"
+        )
     name, budget = ("budget_bytes", budget_bytes) if budget_bytes is not None else ("bits_per_weight", bits_per_weight)
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not math.isfinite(budget) or budget <= 0:
         raise ValueError(f"{name} must be a positive number, got {budget!r}")
@@ -233,9 +280,11 @@ def propose_layer_bits(measured: Sensitivity, *, budget_bytes: float | None = No
     if code_budget < smallest:
         narrowest, least = min(measured.widths), measured.other_bytes + smallest
         raise ValueError(
-            f"{name} must be at least {least:,} ({least / 1e6:.2f} MB), the model with {narrowest} bits in every block, got {budget:,.0f}"
+            f"{name} must be at least {least:,} ({least / 1e6:.2f} MB), the model with {narrowest} bits in every "
+            f"block, got {budget:,.0f}"
             if budget_bytes is not None
-            else f"{name} must be at least {8 * smallest / measured.weights:.4g}, what {narrowest} bits in every block take, got {budget:g}"
+            else f"{name} must be at least {8 * smallest / measured.weights:.4g}, what {narrowest} bits in every "
+            f"block take, got {budget:g}"
         )
     bits = propose_bits([*options.values()], code_budget)
     return _proposal(measured, dict(zip(options, bits, strict=True)))
@@ -244,7 +293,10 @@ def propose_layer_bits(measured: Sensitivity, *, budget_bytes: float | None = No
 def block_options(measured: Sensitivity) -> dict[Block, dict[int, tuple[int, float]]]:
     """bits -> (code bytes, squared error) of each block. Raises ValueError as :meth:`Sensitivity.by_block`."""
     return {
-        block: {bits: (sum(each.code_bytes[bits] for each in own), sum(each.squared_error[bits] for each in own)) for bits in measured.widths}
+        block: {
+            bits: (sum(each.code_bytes[bits] for each in own), sum(each.squared_error[bits] for each in own))
+            for bits in measured.widths
+        }
         for block, own in measured.by_block().items()
     }
 
@@ -253,18 +305,24 @@ def _proposal(measured: Sensitivity, chosen: Mapping[Block, int]) -> Proposal:
     rows, by_block = [], measured.by_block()
     for block, options in block_options(measured).items():
         sizes, errors = ({bits: option[i] for bits, option in options.items()} for i in (0, 1))
-        rows.append(BlockBits(block, chosen[block], sum(math.prod(each.shape) for each in by_block[block]), errors, sizes))  # type: ignore[arg-type]
+        rows.append(
+            BlockBits(block, chosen[block], sum(math.prod(each.shape) for each in by_block[block]), errors, sizes)
+        )  # type: ignore[arg-type]
     size = sum(row.code_bytes[row.bits] for row in rows)
     error = sum(row.squared_error[row.bits] for row in rows)
     return Proposal(rules_of(chosen), tuple(rows), measured.other_bytes + size, 8 * size / measured.weights, error)
 
 
 def rules_of(chosen: Mapping[Block, int]) -> dict[str, int]:
-    """The rules of ``layer_bits`` for the bits of blocks in the model's order, one a run of neighbours with equal bits: {"encoder.0-3": 4, "encoder.4": 2}."""
+    """The rules of ``layer_bits`` for the bits of blocks in the model's order, one a run of neighbours with equal bits:
+    {"encoder.0-3": 4, "encoder.4": 2}.
+    """
     runs: list[tuple[Block, Block, int]] = []
     for block, bits in chosen.items():
         if runs and (runs[-1][1].stack, runs[-1][1].index + 1, runs[-1][2]) == (block.stack, block.index, bits):
             runs[-1] = (runs[-1][0], block, bits)
         else:
             runs.append((block, block, bits))
-    return {f"{first.stack}.{first.index}{'' if first is last else f'-{last.index}'}": bits for first, last, bits in runs}
+    return {
+        f"{first.stack}.{first.index}{'' if first is last else f'-{last.index}'}": bits for first, last, bits in runs
+    }

@@ -22,7 +22,9 @@ class Block:
 
 
 def is_part_of(name: str, part: str) -> bool:
-    """Whether the dotted ``part`` occurs in ``name`` as whole components: "layer.0" is a part of "encoder.layer.0.output"."""
+    """Whether the dotted ``part`` occurs in ``name`` as whole components: "layer.0" is a part of
+    "encoder.layer.0.output".
+    """
     return f".{part}." in f".{name}."
 
 
@@ -33,7 +35,11 @@ def ends_with(name: str, ending: str) -> bool:
 
 def block_lists(model: nn.Module) -> dict[str, nn.Module]:
     """Modules that hold others under the names 0, 1, 2, ..."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential) and name}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and name
+    }
 
 
 def blocks_of(model: nn.Module, family: Family) -> list[Block]:
@@ -52,7 +58,9 @@ def blocks_of(model: nn.Module, family: Family) -> list[Block]:
         blocks += found
     if family.stacks and not blocks:
         wanted = ", ".join(family.stacks.values())
-        raise ValueError(f"{type(model).__name__} has no block list {wanted}; its block lists are {', '.join(lists) or 'none'}")
+        raise ValueError(
+            f"{type(model).__name__} has no block list {wanted}; its block lists are {', '.join(lists) or 'none'}"
+        )
     return blocks
 
 
@@ -74,7 +82,10 @@ def bits_by_block(layer_bits: LayerBits | None, blocks: list[Block]) -> dict[str
         raise ValueError("layer_bits needs to know the blocks of the model: pass family=Family(stacks={...}, ...)")
     if not isinstance(layer_bits, Mapping):
         if len(layer_bits) != len(blocks):
-            raise ValueError(f"layer_bits must have one entry for each of the {len(blocks)} blocks ({_counts(blocks)}), got {len(layer_bits)}")
+            raise ValueError(
+                f"layer_bits must have one entry for each of the {len(blocks)} blocks ({_counts(blocks)}), got "
+                f"{len(layer_bits)}"
+            )
         return {block.name: bits for block, bits in zip(blocks, layer_bits, strict=True)}
     by_name: dict[str, int] = {}
     for rule, bits in layer_bits.items():
@@ -85,13 +96,20 @@ def bits_by_block(layer_bits: LayerBits | None, blocks: list[Block]) -> dict[str
 def _blocks_of_rule(rule: str, blocks: list[Block]) -> list[Block]:
     match = re.fullmatch(r"(\w+)\.(\d+)(?:-(\d+))?", rule)
     if match is None:
-        raise ValueError(f'layer_bits: a rule is a stack and a block or a range, such as "layers.0-7" or "encoder.3", got {rule!r}')
+        raise ValueError(
+            f'layer_bits: a rule is a stack and a block or a range, such as "layers.0-7" or "encoder.3", got {rule!r}'
+        )
     stack, first, last = match[1], int(match[2]), int(match[3] or match[2])
     chosen = [block for block in blocks if block.stack == stack] or (blocks if stack == ALL_STACKS else [])
     if not chosen:
-        raise ValueError(f"layer_bits: {rule!r} names no stack of this model; it has {_counts(blocks)}, or {ALL_STACKS} for all of them")
+        raise ValueError(
+            f"layer_bits: {rule!r} names no stack of this model; it has {_counts(blocks)}, or {ALL_STACKS} for all of "
+            "them"
+        )
     if not first <= last < len(chosen):
-        raise ValueError(f"layer_bits: {rule!r} must lie within blocks 0-{len(chosen) - 1} of {stack}, the smaller number first")
+        raise ValueError(
+            f"layer_bits: {rule!r} must lie within blocks 0-{len(chosen) - 1} of {stack}, the smaller number first"
+        )
     return chosen[first : last + 1]
 
 

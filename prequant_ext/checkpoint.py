@@ -1,4 +1,6 @@
-"""What a checkpoint holds, checked before any kernel sees it: first the files' headers, then the loaded values. And how a model directory is written."""
+"""What a checkpoint holds, checked before any kernel sees it: first the files' headers, then the loaded values. And how
+a model directory is written.
+"""
 
 import os
 import re
@@ -35,7 +37,9 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Header:
-    """One tensor of a file: the name it has there, its dtype (the file's own word where torch has none) and its shape."""
+    """One tensor of a file: the name it has there,
+    its dtype (the file's own word where torch has none) and its shape.
+    """
 
     key: str
     dtype: torch.dtype | str
@@ -62,7 +66,9 @@ def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, Header]:
                 with safe_open(file, framework="pt") as tensors:
                     for key in tensors.keys():  # noqa: SIM118  a safe_open is no mapping
                         part = tensors.get_slice(key)
-                        headers[key] = Header(key, _DTYPES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
+                        headers[key] = Header(
+                            key, _DTYPES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape())
+                        )
             else:
                 for key, tensor in torch.load(file, map_location="meta", weights_only=True).items():
                     if isinstance(tensor, Tensor):
@@ -88,7 +94,8 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
 
 
 def check_quantized_headers(model: nn.Module, headers: Mapping[str, Header]) -> None:
-    """The file has, for every quantized module of ``model``, every tensor in its dtype and shape, and packed weights for no other module.
+    """The file has, for every quantized module of ``model``, every tensor in its dtype and shape, and packed weights
+    for no other module.
 
     ``headers`` by the names that the tensors have in memory. Raises ValueError naming the tensor.
     """
@@ -104,26 +111,33 @@ def check_quantized_headers(model: nn.Module, headers: Mapping[str, Header]) -> 
             if header != wanted:
                 raise ValueError(f"{header.key} of the checkpoint must be {wanted}, got {header}")
     if missing:
-        raise ValueError(f"the quantized checkpoint has no {some(missing)}, which {type(model).__name__} needs; quantize that model from its float checkpoint")
+        raise ValueError(
+            f"the quantized checkpoint has no {some(missing)}, which {type(model).__name__} needs; quantize that "
+            "model from its float checkpoint"
+        )
     for name, parameter in model.named_parameters():
         header = headers.get(name)
         if header is not None and header.dtype == torch.uint8 and parameter.dtype.is_floating_point:
             raise ValueError(
-                f"{header.key} is quantized in the checkpoint but must be float in {type(model).__name__}, where it is tied, a head or left out; "
+                f"{header.key} is quantized in the checkpoint but must be float in {type(model).__name__}, where it "
+                "is tied, a head or left out; "
                 "quantize that model from its float checkpoint"
             )
 
 
 def check_float_headers(model: nn.Module, headers: Mapping[str, Header]) -> None:
-    """The weights that are about to be quantized are float and have the model's shapes; absent ones are none of this function's business.
+    """The weights that are about to be quantized are float and have the model's shapes; absent ones are none of this
+    function's business.
 
     Raises ValueError naming the tensor.
     """
     for name, module in quantized_modules(model):
-        fused = headers.get(f"{name}.weight")  # a plain key has become weight_packed; this one comes out of a conversion of several weights
+        # a plain key has become weight_packed; this one comes out of a conversion of several weights
+        fused = headers.get(f"{name}.weight")
         if fused is not None:
             raise ValueError(
-                f"{fused.key} of the checkpoint is split or merged into {name}.weight while it loads, which quantizing on the fly does not do; "
+                f"{fused.key} of the checkpoint is split or merged into {name}.weight while it loads, which "
+                "quantizing on the fly does not do; "
                 "load the float model and call quantize_model"
             )
         header = headers.get(f"{name}.weight_packed")
@@ -137,36 +151,47 @@ def check_float_headers(model: nn.Module, headers: Mapping[str, Header]) -> None
 
 
 def refuse_disk(modules: Iterable[str]) -> None:
-    """No module of a float checkpoint that is being quantized may go to disk: the loader would leave its weight where it is, and take that for the codes.
+    """No module of a float checkpoint that is being quantized may go to disk: the loader would leave its weight where
+    it is, and take that for the codes.
 
     Raises ValueError naming the first of ``modules``, those that would.
     """
     name = next(iter(modules), None)
     if name is not None:
         raise ValueError(
-            f"device_map puts {name} on disk while the float checkpoint is being quantized: quantize and save it first (save_pretrained), then load that with "
+            f"device_map puts {name} on disk while the float checkpoint is being quantized: quantize and save it "
+            "first (save_pretrained), then load that with "
             "this device_map"
         )
 
 
 def is_loaded(parameter: Tensor) -> bool:
-    """Whether transformers' loader has filled ``parameter``, or left it on disk: on the meta device then, its header checked, to be read at each use."""
+    """Whether transformers' loader has filled ``parameter``, or left it on disk: on the meta device then, its header
+    checked, to be read at each use.
+    """
     return parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
 
 
 def check_values(name: str, module: QuantizedModule) -> None:
-    """The tensors of a quantized module hold what the kernels rely on; those that device_map left on disk are read for the moment.
+    """The tensors of a quantized module hold what the kernels rely on; those that device_map left on disk are read for
+    the moment.
 
-    Raises ValueError naming the tensor if its dtype is wrong, a scale is not positive and finite, a zero point lies outside the code range, or
-    outlier_dims are not ascending, distinct and inside their axis.
+    Raises ValueError naming the tensor if its dtype is wrong, a scale is not positive and finite, a zero point lies
+    outside the code range, or outlier_dims are not ascending, distinct and inside their axis.
     """
     with _in_memory(module):
-        for parameter_name, dtype in (("weight_packed", torch.uint8), ("weight_scale", torch.float32), ("weight_zero_point", torch.uint8)):
+        for parameter_name, dtype in (
+            ("weight_packed", torch.uint8),
+            ("weight_scale", torch.float32),
+            ("weight_zero_point", torch.uint8),
+        ):
             _require_dtype(f"{name}.{parameter_name}", getattr(module, parameter_name), dtype)
         scale = module.weight_scale.detach()
         is_trained = getattr(module, "train_scales", False)  # a trained scale may have crossed zero
         if not bool(torch.isfinite(scale).all() if is_trained else ((scale > 0) & torch.isfinite(scale)).all()):
-            raise ValueError(f"{name}.weight_scale must be {'finite' if is_trained else 'positive and finite'}, got {_range(scale)}")
+            raise ValueError(
+                f"{name}.weight_scale must be {'finite' if is_trained else 'positive and finite'}, got {_range(scale)}"
+            )
         if isinstance(module, PreQuantLinear):
             _check_linear(name, module)
 
@@ -182,7 +207,10 @@ def _in_memory(module: QuantizedModule) -> AbstractContextManager:
 def _check_linear(name: str, module: PreQuantLinear) -> None:
     top = 2**module.bits - 1
     if int(module.weight_zero_point.max()) > top:
-        raise ValueError(f"{name}.weight_zero_point must be a {module.bits}-bit code, 0 to {top}, got {int(module.weight_zero_point.max())}")
+        raise ValueError(
+            f"{name}.weight_zero_point must be a {module.bits}-bit code, 0 to {top}, got "
+            f"{int(module.weight_zero_point.max())}"
+        )
     dims = module.outlier_dims
     _require_dtype(f"{name}.outlier_dims", dims, torch.int64)
     _require_dtype(f"{name}.outlier_weight", module.outlier_weight, torch.float32)
@@ -197,7 +225,9 @@ def _check_linear(name: str, module: PreQuantLinear) -> None:
 
 def _require_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     if tensor.dtype != dtype:
-        raise ValueError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {str(tensor.dtype).removeprefix('torch.')}")
+        raise ValueError(
+            f"{name} must be {str(dtype).removeprefix('torch.')}, got {str(tensor.dtype).removeprefix('torch.')}"
+        )
 
 
 def _range(tensor: Tensor) -> str:
@@ -217,7 +247,7 @@ def default_mode() -> int:
     return 0o666 & ~mask
 
 
-# ---- writing a model directory ----------------------------------------------------------------------------------------
+# ---- writing a model directory ---------------------------------------------------------------------------------------
 
 WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
@@ -225,8 +255,9 @@ WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)
 def save_model_dir(model: Any, tokenizer: Any | None, directory: str | os.PathLike) -> Path:
     """Write ``model.save_pretrained`` and the tokenizer's files as ``directory``: the whole of it, or nothing.
 
-    They go to a temporary directory beside it, which then takes its name; a full disk, an error or Ctrl-C leaves an older model there as it was. Files of an
-    older directory that a model does not have (notes, task files) are carried over; its other weight files go.
+    They go to a temporary directory beside it, which then takes its name; a full disk, an error or Ctrl-C leaves an
+    older model there as it was. Files of an older directory that a model does not have (notes, task files) are carried
+    over; its other weight files go.
 
     Raises NotADirectoryError if ``directory`` is a file, and whatever made saving fail. Returns the directory's path.
     """
@@ -234,7 +265,8 @@ def save_model_dir(model: Any, tokenizer: Any | None, directory: str | os.PathLi
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"a model is saved as a directory, but {target} is a file")
     target.parent.mkdir(parents=True, exist_ok=True)
-    workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))  # on the same file system: a rename moves no data
+    # on the same file system: a rename moves no data
+    workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     fresh, old = workplace / "new", workplace / "old"
     is_done = False
     try:
@@ -257,6 +289,7 @@ def save_model_dir(model: Any, tokenizer: Any | None, directory: str | os.PathLi
                 entry.rename(target / entry.name)
         is_done = True
     finally:
-        if is_done or not old.exists():  # interrupted while carrying files over: what is left of them stays in the workplace
+        # interrupted while carrying files over: what is left of them stays in the workplace
+        if is_done or not old.exists():
             shutil.rmtree(workplace, ignore_errors=True)
     return target

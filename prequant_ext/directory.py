@@ -31,10 +31,12 @@ from prequant_ext.study.runner import SEARCH_TASK, SEEDS, Plan, describe, identi
 from prequant_ext.task import load_task
 from prequant_ext.task_file import read_task, write_atomically
 
-REPORT_FILE = "prequant_report.json"  # beside the weights: errors and outlier counts cannot be computed again once the float weights are gone
+# beside the weights: errors and outlier counts cannot be computed again once the float weights are gone
+REPORT_FILE = "prequant_report.json"
 CAUSAL_LM_HEADS = ("ForCausalLM", "LMHeadModel")
 KEPT_CLASSES = (*CAUSAL_LM_HEADS, "ForConditionalGeneration", "EncoderModel")  # by the end of their name
-DEFAULT_BUDGET = {"bits_per_weight": 3.0}  # of a page's proposal: half-way between 2 and 4 bits, where blocks are told apart
+# of a page's proposal: half-way between 2 and 4 bits, where blocks are told apart
+DEFAULT_BUDGET = {"bits_per_weight": 3.0}
 PLAN_TITLES = ("module", "shape", "axis", "bits", "r", "trained", "kB")
 
 
@@ -57,7 +59,9 @@ def model_config(path: str) -> Any:
         return AutoConfig.from_pretrained(path)
     except OSError as error:
         reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"no model at {path}: it is no directory with a config.json, and the hub did not give one ({reason})") from error
+        raise FileNotFoundError(
+            f"no model at {path}: it is no directory with a config.json, and the hub did not give one ({reason})"
+        ) from error
 
 
 def is_quantized_directory(name: str) -> bool:
@@ -65,9 +69,11 @@ def is_quantized_directory(name: str) -> bool:
 
 
 def _model_class(config: Any) -> Any:
-    """The checkpoint's own class where its head is part of what it does (a language model, a finished classifier) or it lacks a decoder, else the backbone.
+    """The checkpoint's own class where its head is part of what it does (a language model, a finished classifier) or it
+    lacks a decoder, else the backbone.
 
-    A masked language model's head is dropped: task models would not use it, and loading through it drops the pooler, which they do.
+    A masked language model's head is dropped: task models would not use it, and loading through it drops the pooler,
+    which they do.
     """
     name = next(iter(config.architectures or ()), "")
     if name.endswith("ForSequenceClassification"):
@@ -93,13 +99,17 @@ def _float_model(name: str) -> PreTrainedModel:
 
 
 def quantized(name: str, config: PreQuantConfig) -> tuple[PreTrainedModel, Any, Report]:
-    """(model, tokenizer, report) of a float model, quantized. Raises FileNotFoundError; ValueError as quantize_model."""
+    """(model, tokenizer, report) of a float model, quantized. Raises FileNotFoundError;
+    ValueError as quantize_model.
+    """
     model = _float_model(name)
     return model, _tokenizer(resolve_model(name)), quantize_model(model, config)
 
 
 def quantize_directory(name: str, config: PreQuantConfig, out: Path) -> Report:
-    """Quantize the model called ``name`` into the directory ``out``, which appears when it is complete or not at all."""
+    """Quantize the model called ``name`` into the directory ``out``,
+    which appears when it is complete or not at all.
+    """
     model, tokenizer, report = quantized(name, config)
     hf.save_model_dir(model, _Companions(tokenizer, {REPORT_FILE: json.dumps(report.to_dict())}), out)
     return report
@@ -118,7 +128,10 @@ def stored_report(name: str) -> Report:
     """The report that quantize_directory left. Raises FileNotFoundError where there is none."""
     path = Path(name) / REPORT_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}: {name} was not written by prequant quantize, and errors cannot be computed without the float weights")
+        raise FileNotFoundError(
+            f"no {path}: {name} was not written by prequant quantize, and errors cannot be computed without the float "
+            "weights"
+        )
     try:
         return Report.from_dict(json.loads(path.read_text()))
     except (ValueError, TypeError, KeyError) as error:
@@ -126,7 +139,9 @@ def stored_report(name: str) -> Report:
 
 
 def inspected(name: str, config: PreQuantConfig) -> Inspection:
-    """A quantized directory with its stored report, or a float model, measured and quantized in memory. Raises as stored_report and inspect_float."""
+    """A quantized directory with its stored report, or a float model, measured and quantized in memory. Raises as
+    stored_report and inspect_float.
+    """
     if not is_quantized_directory(name):
         return inspect_float(name, _float_model(name), config)
     report = stored_report(name)
@@ -134,20 +149,25 @@ def inspected(name: str, config: PreQuantConfig) -> Inspection:
 
 
 def proposed(inspection: Inspection, budget: Mapping[str, float] | None) -> Proposal | None:
-    """Bits of blocks within ``budget`` (of propose_layer_bits). Without one DEFAULT_BUDGET, or None where nothing can be proposed.
+    """Bits of blocks within ``budget`` (of propose_layer_bits). Without one DEFAULT_BUDGET, or None where nothing can
+    be proposed.
 
     Raises ValueError as propose_layer_bits, and for a budget where there are no float weights.
     """
     if inspection.measured is None:
         if budget is not None:
-            raise ValueError(f"--budget needs float weights, to measure other widths, but {inspection.name} is quantized already")
+            raise ValueError(
+                f"--budget needs float weights, to measure other widths, but {inspection.name} is quantized already"
+            )
         return None
     if budget is None and any(matrix.block is None for matrix in inspection.measured.matrices):
         return None
     return propose_layer_bits(inspection.measured, **(DEFAULT_BUDGET if budget is None else budget))
 
 
-def write_model_page(inspection: Inspection, proposal: Proposal | None, task_files: Sequence[Path], runs: Path | None, out: Path) -> None:
+def write_model_page(
+    inspection: Inspection, proposal: Proposal | None, task_files: Sequence[Path], runs: Path | None, out: Path
+) -> None:
     """Raises as model_page; OUT is whole or as it was."""
     write_atomically(out, model_page(inspection, proposal, task_files, runs).encode())
 
@@ -157,9 +177,15 @@ def plan_table(plan_rows: Sequence[PlanRow]) -> tuple[Sequence[str], list[Sequen
     rows: list[Sequence[str]] = []
     for row in plan_rows:
         shape, size = f"{row.shape[0]} x {row.shape[1]}", f"{row.bytes / 1e3:,.1f}"
-        rows.append((row.name, shape, row.axis or "-", str(row.bits), str(row.outlier_slices), f"{row.trainable:,}", size))
+        rows.append(
+            (row.name, shape, row.axis or "-", str(row.bits), str(row.outlier_slices), f"{row.trainable:,}", size)
+        )
     trained, total = sum(row.trainable for row in plan_rows), sum(row.bytes for row in plan_rows)
-    return PLAN_TITLES, rows, f"{len(rows)} modules, {total / 1e6:,.2f} MB, {trained:,} outlier weights or scales to train"
+    return (
+        PLAN_TITLES,
+        rows,
+        f"{len(rows)} modules, {total / 1e6:,.2f} MB, {trained:,} outlier weights or scales to train",
+    )
 
 
 def load_with_task(name: str, task_file: Path | None, num_labels: int) -> tuple[PreTrainedModel, dict[str, str]]:
@@ -176,14 +202,19 @@ def load_with_task(name: str, task_file: Path | None, num_labels: int) -> tuple[
     if task_file is not None:
         return model, load_task(model, task_file)
     if loading["missing_keys"]:
-        raise ValueError(f"{name} has no trained head ({', '.join(sorted(loading['missing_keys'])[:3])}): name a task file with --task-file")
+        raise ValueError(
+            f"{name} has no trained head ({', '.join(sorted(loading['missing_keys'])[:3])}): name a task file with "
+            "--task-file"
+        )
     return model, {}
 
 
 def evaluate_directory(
     name: str, task_name: str, task_file: Path | None, data_dir: str | None, source: str, max_length: int | None
 ) -> tuple[dict[str, float], int]:
-    """(scores, max_length) on the validation rows; ``max_length`` None: that of training, from the task file or the directory's results."""
+    """(scores, max_length) on the validation rows; ``max_length`` None: that of training, from the task file or the
+    directory's results.
+    """
     task = get_task(task_name)
     if task_file is not None:
         held = read_task(task_file)[0]["name"]
@@ -205,7 +236,8 @@ def _recorded_length(folder: Path, task_name: str) -> int | None:
 
 
 def _load_quantized(name: str, task_file: Path | None, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A quantized directory's model, with a task or as it is; ``dtype`` None: as the files have it (a task model is float32).
+    """A quantized directory's model, with a task or as it is; ``dtype`` None: as the files have it (a task model is
+    float32).
 
     Raises ValueError for a float model, or as load_task.
     """
@@ -223,7 +255,9 @@ def _load_quantized(name: str, task_file: Path | None, dtype: torch.dtype | None
 
 
 def merge_directory(name: str, task_file: Path | None, out: Path) -> int:
-    """Write the float twin of a quantized directory, with a task merged in or not; returns the bytes of its parameters."""
+    """Write the float twin of a quantized directory, with a task merged in or not;
+    returns the bytes of its parameters.
+    """
     model = _load_quantized(name, task_file)
     merge(model)
     checkpoint.save_model_dir(model, _tokenizer(name), out)
@@ -235,19 +269,22 @@ def export_onnx_directory(name: str, task_file: Path | None, out: Path) -> OnnxF
     return export_onnx(_load_quantized(name, task_file, torch.float32), out)
 
 
-# ---- language models ---------------------------------------------------------------------------------------------------
+# ---- language models -------------------------------------------------------------------------------------------------
 
 
 def language_model(name: str, task_file: Path | None) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer) of a causal language model, float or quantized, with a task in it where a file is named.
 
-    Raises FileNotFoundError where there is none, or no tokenizer beside it; ValueError where it is another kind of model, or as load_task.
+    Raises FileNotFoundError where there is none, or no tokenizer beside it; ValueError where it is another kind of
+    model, or as load_task.
     """
     path = resolve_model(name)
     own_config = model_config(path)
     architecture = next(iter(own_config.architectures or ()), "none")
     if not architecture.endswith(CAUSAL_LM_HEADS):
-        raise ValueError(f"{name} must be a causal language model, but its config.json names the architecture {architecture}")
+        raise ValueError(
+            f"{name} must be a causal language model, but its config.json names the architecture {architecture}"
+        )
     tokenizer = load_tokenizer(path)
     model = _model_class(own_config).from_pretrained(path)
     if task_file is not None:
@@ -256,11 +293,19 @@ def language_model(name: str, task_file: Path | None) -> tuple[PreTrainedModel, 
 
 
 def perplexities(
-    name: str, task_file: Path | None, other: str | None, text_file: Path, max_length: int | None, stride: int | None, max_tokens: int | None
+    name: str,
+    task_file: Path | None,
+    other: str | None,
+    text_file: Path,
+    max_length: int | None,
+    stride: int | None,
+    max_tokens: int | None,
 ) -> dict[str, Any]:
-    """Perplexity of the model ``name`` on a text, of the model ``other`` beside it, and over which windows. ``max_tokens``: only the first of the text.
+    """Perplexity of the model ``name`` on a text, of the model ``other`` beside it, and over which windows.
+    ``max_tokens``: only the first of the text.
 
-    Raises ValueError where the two take the text for different tokens: perplexities are per token, and would not compare.
+    Raises ValueError where the two take the text for different tokens: perplexities are per token, and would not
+    compare.
     """
     try:
         text = text_file.read_text(encoding="utf-8")
@@ -270,17 +315,28 @@ def perplexities(
     tokens = tokenizer(text)["input_ids"][:max_tokens]
     max_length, stride = window_sizes(model, max_length, stride)
     losses = token_losses(model, tokens, max_length=max_length, stride=stride)
-    result: dict[str, Any] = {"model": name, "perplexity": exp_mean(losses), "predicted_tokens": len(losses), "max_length": max_length, "stride": stride}
+    result: dict[str, Any] = {
+        "model": name,
+        "perplexity": exp_mean(losses),
+        "predicted_tokens": len(losses),
+        "max_length": max_length,
+        "stride": stride,
+    }
     if other is not None:
         del model  # one at a time in memory
         model, tokenizer = language_model(other, None)
         if tokenizer(text)["input_ids"][:max_tokens] != tokens:
-            raise ValueError(f"{name} and {other} must have the same tokenizer, but make different tokens of {text_file}")
-        result["compared"] = {"model": other, "perplexity": exp_mean(token_losses(model, tokens, max_length=max_length, stride=stride))}
+            raise ValueError(
+                f"{name} and {other} must have the same tokenizer, but make different tokens of {text_file}"
+            )
+        result["compared"] = {
+            "model": other,
+            "perplexity": exp_mean(token_losses(model, tokens, max_length=max_length, stride=stride)),
+        }
     return result
 
 
-# ---- experiments -------------------------------------------------------------------------------------------------------
+# ---- experiments -----------------------------------------------------------------------------------------------------
 
 
 def plan_experiment(
@@ -295,9 +351,11 @@ def plan_experiment(
     max_train: int | None,
     rates: str | None,
 ) -> tuple[Study, str]:
-    """The study, and the folder of ``model``. Without names of tasks those of the experiment, without seeds SEEDS; of a quick one the first of each.
+    """The study, and the folder of ``model``. Without names of tasks those of the experiment, without seeds SEEDS; of a
+    quick one the first of each.
 
-    Raises ValueError for wrong settings, and FileNotFoundError where a task's data is missing: now, and not after an hour.
+    Raises ValueError for wrong settings, and FileNotFoundError where a task's data is missing: now, and not after an
+    hour.
     """
     given, path = _rates(rates), resolve_model(model)
     blocks = getattr(model_config(path), "num_hidden_layers", 0)
@@ -322,8 +380,12 @@ def _rates(text: str | None) -> dict[str, float]:
         rates: dict[str, float] | None = {name: float(rate) for name, rate in pairs}
     except ValueError:
         rates = None
-    if rates is None or not all(0 < rate < math.inf and name.rpartition("/")[2] in METHODS for name, rate in rates.items()):
-        raise ValueError(f"rates must be like ft=1e-4,mrpc/prequant=5e-3, of the methods {', '.join(METHODS)}, got {text!r}")
+    if rates is None or not all(
+        0 < rate < math.inf and name.rpartition("/")[2] in METHODS for name, rate in rates.items()
+    ):
+        raise ValueError(
+            f"rates must be like ft=1e-4,mrpc/prequant=5e-3, of the methods {', '.join(METHODS)}, got {text!r}"
+        )
     for name in rates:
         if "/" in name:
             get_task(name.rpartition("/")[0])
@@ -340,8 +402,12 @@ def list_experiment(study: Study, out: Path, jobs: int) -> None:
     say(f"{progress(study.plan, lines, jobs)}; the list has those that can start now")
 
 
-def run_experiment(study: Study, path: str, out: Path, data_dir: str | None, threads: int, jobs: int, processes: int) -> list[str]:
-    """Run what is missing, then print the table and write it to OUT/NAME.md; what failed comes back as messages. ``path``: the model's folder."""
+def run_experiment(
+    study: Study, path: str, out: Path, data_dir: str | None, threads: int, jobs: int, processes: int
+) -> list[str]:
+    """Run what is missing, then print the table and write it to OUT/NAME.md; what failed comes back as messages.
+    ``path``: the model's folder.
+    """
     out.mkdir(parents=True, exist_ok=True)
     shown = study.joined(out)
     shown.write(out)

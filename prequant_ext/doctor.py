@@ -1,6 +1,7 @@
 """What this installation is made of, and whether it works: ``python -m prequant_ext``, or ``prequant doctor``.
 
-``examine()`` gives the findings as a dict, ``render()`` as text; ``main()`` prints them and returns 1 if something is broken.
+``examine()`` gives the findings as a dict, ``render()`` as text; ``main()`` prints them and returns 1 if something is
+broken.
 """
 
 import argparse
@@ -22,19 +23,27 @@ NEEDED_TRANSFORMERS = 5
 
 
 def build_info() -> dict[str, Any]:
-    """What the library was built with and uses: isa, cuda (a version or None), architectures, operators of each device."""
+    """What the library was built with and uses: isa, cuda (a version or None), architectures,
+    operators of each device.
+    """
     fields = dict(field.split("=", 1) for field in torch.ops.prequant.build_info().split(";"))
     return {
         "isa": fields["isa"],
         "cuda": None if fields["cuda"] == "none" else fields["cuda"],
         "architectures": fields["arch"].split(),
-        "operators": {device: [name for name in fields[f"{device}_ops"].split(",") if name] for device in ("cpu", "cuda")},
+        "operators": {
+            device: [name for name in fields[f"{device}_ops"].split(",") if name] for device in ("cpu", "cuda")
+        },
     }
 
 
 def operator_names() -> list[str]:
     """The operators of ``torch.ops.prequant``, in alphabetical order."""
-    names = (name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("prequant::"))
+    names = (
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("prequant::")
+    )
     return sorted(set(names) - {"build_info"})
 
 
@@ -46,17 +55,23 @@ def _version(package: str) -> str | None:
 
 
 def runs_on(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
-    """Kernels compiled for ``architectures`` ("8.0 9.0+PTX") run on a GPU of this compute capability: same major and no newer minor, or PTX no newer."""
+    """Kernels compiled for ``architectures`` ("8.0 9.0+PTX") run on a GPU of this compute capability: same major and no
+    newer minor, or PTX no newer.
+    """
     for architecture in architectures:
         major, minor = (int(part) for part in re.findall(r"\d+", architecture)[:2])
-        is_family = major == capability[0] and minor <= capability[1] and not re.search(r"[a-z]", architecture.removesuffix("+PTX"))
+        is_family = (
+            major == capability[0]
+            and minor <= capability[1]
+            and not re.search(r"[a-z]", architecture.removesuffix("+PTX"))
+        )
         is_exact = (major, minor) == capability
         if is_exact or is_family or (architecture.endswith("+PTX") and (major, minor) <= capability):
             return True
     return False
 
 
-# ---- the smoke test: each device against the reference, on a matrix small enough to take no time ------------------------------------------
+# ---- the smoke test: each device against the reference, on a matrix small enough to take no time ---------------------
 
 
 def _operands() -> dict[str, Tensor]:
@@ -84,10 +99,17 @@ def _linear(ops: Any, o: dict[str, Tensor]) -> Tensor:
     return torch.stack([ops.linear_w4a16(o["x"], *weight), ops.linear_w4a8(o["x"], *activations, *weight, False)])
 
 
-SMOKE: dict[str, tuple[tuple[str, ...], Callable[[Any, dict[str, Tensor]], Tensor]]] = {  # what is tried: the operators it needs, and how
-    "quantize and pack": (("quantize_pack",), lambda ops, o: ops.quantize_pack(o["weight"], o["scale"], o["zero_point"], 4, o["dims"], 1).float()),
+# what is tried: the operators it needs, and how
+SMOKE: dict[str, tuple[tuple[str, ...], Callable[[Any, dict[str, Tensor]], Tensor]]] = {
+    "quantize and pack": (
+        ("quantize_pack",),
+        lambda ops, o: ops.quantize_pack(o["weight"], o["scale"], o["zero_point"], 4, o["dims"], 1).float(),
+    ),
     "unpack": (("unpack",), lambda ops, o: ops.unpack(o["packed"], 64, 4).float()),
-    "dequantize": (("dequantize",), lambda ops, o: ops.dequantize(o["packed"], o["scale"], o["zero_point"], 64, 4, torch.float32)),
+    "dequantize": (
+        ("dequantize",),
+        lambda ops, o: ops.dequantize(o["packed"], o["scale"], o["zero_point"], 64, 4, torch.float32),
+    ),
     "linear forward": (("quantize_activations", "linear_w4a16", "linear_w4a8"), _linear),
 }
 
@@ -104,34 +126,48 @@ def smoke_test(device: str, operators: Sequence[str]) -> dict[str, str]:
         try:
             wanted, got = run(reference, on_cpu), run(torch.ops.prequant, on_device).cpu()
             error = float((got - wanted).abs().max())
-            results[name] = "ok" if error <= 1e-4 * float(wanted.abs().max()) else f"differs from the reference by {error:.3g}"
+            results[name] = (
+                "ok" if error <= 1e-4 * float(wanted.abs().max()) else f"differs from the reference by {error:.3g}"
+            )
         except RuntimeError as failure:
             results[name] = str(failure).splitlines()[0]
     return results
 
 
-# ---- findings ------------------------------------------------------------------------------------------------------------------------------
+# ---- findings --------------------------------------------------------------------------------------------------------
 
 
 def _gpus() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return []
     return [
-        {"name": torch.cuda.get_device_name(index), "capability": ".".join(map(str, torch.cuda.get_device_capability(index)))}
+        {
+            "name": torch.cuda.get_device_name(index),
+            "capability": ".".join(map(str, torch.cuda.get_device_capability(index))),
+        }
         for index in range(torch.cuda.device_count())
     ]
 
 
 def examine() -> dict[str, Any]:
-    """All findings, JSON-ready. ``problems`` lists what is broken with its ``remedy``; ``notes`` what is merely good to know."""
+    """All findings, JSON-ready. ``problems`` lists what is broken with its ``remedy``; ``notes`` what is merely good to
+    know.
+    """
     info = build_info()
     gpus = _gpus()
     operators = operator_names()
     report: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
         "cpu": {"isa": info["isa"], "threads": torch.get_num_threads()},
-        "cuda": {"built_with": info["cuda"], "architectures": info["architectures"], "torch_built_with": torch.version.cuda, "gpus": gpus},
-        "operators": {name: {device: name in info["operators"][device] for device in ("cpu", "cuda")} for name in operators},
+        "cuda": {
+            "built_with": info["cuda"],
+            "architectures": info["architectures"],
+            "torch_built_with": torch.version.cuda,
+            "gpus": gpus,
+        },
+        "operators": {
+            name: {device: name in info["operators"][device] for device in ("cpu", "cuda")} for name in operators
+        },
         "smoke_test": {"cpu": smoke_test("cpu", info["operators"]["cpu"])},
     }
     if gpus and info["cuda"]:
@@ -147,7 +183,9 @@ def _judge(report: dict[str, Any]) -> tuple[list[dict[str, str]], list[str]]:
 
     missing = [name for name, devices in report["operators"].items() if not devices["cpu"]]
     if missing or not report["operators"]:
-        problems.append({"problem": f"operators without a CPU kernel: {', '.join(missing) or 'all'}", "remedy": _native.REBUILD})
+        problems.append(
+            {"problem": f"operators without a CPU kernel: {', '.join(missing) or 'all'}", "remedy": _native.REBUILD}
+        )
     for device, results in report["smoke_test"].items():
         for name, result in results.items():
             if result not in ("ok", "not in this build"):
@@ -158,21 +196,33 @@ def _judge(report: dict[str, Any]) -> tuple[list[dict[str, str]], list[str]]:
             compiled = " ".join(cuda["architectures"])
             problems.append(
                 {
-                    "problem": f"{gpu['name']} has compute capability {gpu['capability']}, but the kernels are compiled for {compiled}",
+                    "problem": f"{gpu['name']} has compute capability {gpu['capability']}, but the kernels are "
+                    f"compiled for {compiled}",
                     "remedy": f"TORCH_CUDA_ARCH_LIST={gpu['capability']} {_native.REBUILD}",
                 }
             )
     if transformers is not None and int(transformers.split(".")[0]) < NEEDED_TRANSFORMERS:
-        problems.append({"problem": f"transformers {transformers} is older than {NEEDED_TRANSFORMERS}", "remedy": "pip install 'transformers>=5'"})
+        problems.append(
+            {
+                "problem": f"transformers {transformers} is older than {NEEDED_TRANSFORMERS}",
+                "remedy": "pip install 'transformers>=5'",
+            }
+        )
 
     if transformers is None:
-        notes.append("transformers is not installed; from_pretrained and the command line need it: pip install 'prequant_ext[all]'")
+        notes.append(
+            "transformers is not installed; from_pretrained and the command line need it: pip install "
+            "'prequant_ext[all]'"
+        )
     if cuda["gpus"] and not cuda["built_with"]:
-        notes.append(f"torch sees a GPU, but this build has no CUDA kernels. With nvcc on PATH: PREQUANT_CUDA=1 {_native.REBUILD}")
+        notes.append(
+            "torch sees a GPU, but this build has no CUDA kernels. With nvcc on PATH: PREQUANT_CUDA=1 "
+            f"{_native.REBUILD}"
+        )
     return problems, notes
 
 
-# ---- text ----------------------------------------------------------------------------------------------------------------------------------
+# ---- text ------------------------------------------------------------------------------------------------------------
 
 
 def render(report: dict[str, Any]) -> str:
@@ -188,7 +238,10 @@ def render(report: dict[str, Any]) -> str:
         "",
         f"{'operator':22} cpu  cuda",
     ]
-    lines += [f"{name:22} {'yes' if on['cpu'] else 'no':4} {'yes' if on['cuda'] else 'no'}" for name, on in report["operators"].items()]
+    lines += [
+        f"{name:22} {'yes' if on['cpu'] else 'no':4} {'yes' if on['cuda'] else 'no'}"
+        for name, on in report["operators"].items()
+    ]
     for device, results in report["smoke_test"].items():
         lines += ["", f"smoke test on {device}, against the reference"]
         lines += [f"  {name:20} {result}" for name, result in results.items()]
@@ -199,7 +252,9 @@ def render(report: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the findings; 1 if something is broken, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m prequant_ext", description="Tell what this installation is made of, and whether it works.")
+    parser = argparse.ArgumentParser(
+        prog="python -m prequant_ext", description="Tell what this installation is made of, and whether it works."
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     options = parser.parse_args(arguments)
     report = examine()

@@ -14,7 +14,8 @@ class PreQuantEmbedding(FrozenWeight):
     """``rows = (codes[ids] - zero_point) * scale``, 8-bit min-max codes per row or per tensor.  PreQuant, Section 5.1.
 
     Frozen     weight_packed (V, D) uint8 · weight_scale float32 and weight_zero_point uint8: (V, 1) or (1, 1)
-    ids are integers of any shape; the rows come in the layer's dtype. ``padding_idx`` is kept for the float layer; a frozen table has no gradient to mask.
+    ids are integers of any shape; the rows come in the layer's dtype. ``padding_idx`` is kept for the float layer; a
+    frozen table has no gradient to mask.
     """
 
     def __init__(
@@ -38,10 +39,18 @@ class PreQuantEmbedding(FrozenWeight):
         self.weight_zero_point = empty_parameter(blocks, torch.uint8, device)
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding, config: PreQuantConfig, *, name: str = "embedding") -> "PreQuantEmbedding":
+    def from_embedding(
+        cls, embedding: nn.Embedding, config: PreQuantConfig, *, name: str = "embedding"
+    ) -> "PreQuantEmbedding":
         """The 8-bit twin of an ``nn.Embedding``. Raises ValueError naming ``name`` on NaN or Inf."""
         table = embedding.weight.detach()
-        layer = cls(*table.shape, padding_idx=embedding.padding_idx, granularity=config.embedding_granularity, dtype=table.dtype, device="meta")
+        layer = cls(
+            *table.shape,
+            padding_idx=embedding.padding_idx,
+            granularity=config.embedding_granularity,
+            dtype=table.dtype,
+            device="meta",
+        )
         layer.load_quantized(*quantize.quantize_table(table, config, name=name))
         return layer
 
@@ -51,13 +60,17 @@ class PreQuantEmbedding(FrozenWeight):
         self._set("weight_zero_point", zero_point)
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = ops.embedding(ids.reshape(-1).long(), self.weight_packed, self.weight_scale, self.weight_zero_point, self.compute_dtype)
+        rows = ops.embedding(
+            ids.reshape(-1).long(), self.weight_packed, self.weight_scale, self.weight_zero_point, self.compute_dtype
+        )
         return rows.view(*ids.shape, self.embedding_dim)
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:
         """The dense (V, D) float32 table."""
-        return ops.dequantize(self.weight_packed, self.weight_scale, self.weight_zero_point, self.embedding_dim, 8, torch.float32)
+        return ops.dequantize(
+            self.weight_packed, self.weight_scale, self.weight_zero_point, self.embedding_dim, 8, torch.float32
+        )
 
     @torch.no_grad()
     def to_embedding(self) -> nn.Embedding:

@@ -1,8 +1,9 @@
 """Model families as data: which modules of a model read the residual stream and which write to it.
 
-A matrix that reads the residual stream has the hidden size as its input, one that writes to it as its output; with ``axis="hidden"`` the outlier
-dimensions are input columns of the former and output rows of the latter (Section 4.3; the paper's parameter counts admit no other reading).
-A family is one row of ``FAMILIES``; nothing else in the package knows a model by name.
+A matrix that reads the residual stream has the hidden size as its input, one that writes to it as its output; with
+``axis="hidden"`` the outlier dimensions are input columns of the former and output rows of the latter (Section 4.3; the
+paper's parameter counts admit no other reading). A family is one row of ``FAMILIES``; nothing else in the package knows
+a model by name.
 """
 
 from collections.abc import Mapping
@@ -13,14 +14,17 @@ from dataclasses import dataclass, fields
 class Family:
     """Where a model keeps its matrices, in dotted names.
 
-    stacks        block lists by stack name, encoder first; a path may leave out what stands before it: "encoder.layer" is found in "bert.encoder.layer".
-                  Rules of ``layer_bits`` name a stack ("decoder.3") or count through all of them ("layers.0-7")
-    reads         endings of names, within a block, of matrices whose input is the residual stream (of another stack, too: cross-attention keys)
+    stacks        block lists by stack name, encoder first; a path may leave out what stands before it: "encoder.layer"
+                  is found in "bert.encoder.layer". Rules of ``layer_bits`` name a stack ("decoder.3") or count through
+                  all of them ("layers.0-7")
+    reads         endings of names, within a block, of matrices whose input is the residual stream (of another stack,
+                  too: cross-attention keys)
     writes        ... of matrices whose output is added to it
     heads         parts of the base model that belong to the task: float, trained
     lm_heads      language-model heads: float, not trained
     frozen        pre-trained modules between the base model and the task head: float, not trained
-    float_tables  embedding tables that stay float: relative-position biases, tables whose weight the model reads without a lookup
+    float_tables  embedding tables that stay float: relative-position biases, tables whose weight the model reads
+                  without a lookup
 
     Raises ValueError naming the field that is not made of names, or a name that both reads and writes.
     """
@@ -34,9 +38,14 @@ class Family:
     float_tables: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        is_mapping = isinstance(self.stacks, Mapping) and all(isinstance(text, str) for pair in self.stacks.items() for text in pair)
+        is_mapping = isinstance(self.stacks, Mapping) and all(
+            isinstance(text, str) for pair in self.stacks.items() for text in pair
+        )
         if not is_mapping:
-            raise ValueError(f'Family: stacks must map stack names to block lists, such as {{"encoder": "encoder.layer"}}, got {self.stacks!r}')
+            raise ValueError(
+                'Family: stacks must map stack names to block lists, such as {"encoder": "encoder.layer"}, got '
+                f"{self.stacks!r}"
+            )
         for field in fields(self)[1:]:
             names = getattr(self, field.name)
             if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
@@ -44,7 +53,10 @@ class Family:
             object.__setattr__(self, field.name, tuple(names))
         both = set(self.reads) & set(self.writes)
         if both:
-            raise ValueError(f"Family: a matrix either reads or writes the residual stream, but {', '.join(sorted(both))} stands in reads and in writes")
+            raise ValueError(
+                f"Family: a matrix either reads or writes the residual stream, but {', '.join(sorted(both))} stands "
+                "in reads and in writes"
+            )
 
 
 _BERT = Family(
@@ -124,7 +136,8 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": _LLAMA,
 }
 
-# What is left alone by its usual name in a model that has no row; such a model needs axis="input" or axis="output", which ask for no roles.
+# What is left alone by its usual name in a model that has no row; such a model needs axis="input" or axis="output",
+# which ask for no roles.
 UNKNOWN = Family(
     stacks={},
     heads=("pooler",),

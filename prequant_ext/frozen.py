@@ -1,4 +1,6 @@
-"""What PreQuantLinear and PreQuantEmbedding share: parameters that stay in float32, and a `weight` for code that only looks."""
+"""What PreQuantLinear and PreQuantEmbedding share: parameters that stay in float32, and a `weight` for code that only
+looks.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,12 +9,16 @@ import torch
 from torch import Tensor, nn
 
 
-def empty_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None, requires_grad: bool = False) -> nn.Parameter:
+def empty_parameter(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None, requires_grad: bool = False
+) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=requires_grad)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a DTensor, a rank's share of a parameter under FSDP2. Told by its attribute: torch may be built without distributed."""
+    """Whether ``tensor`` is a DTensor, a rank's share of a parameter under FSDP2. Told by its attribute: torch may be
+    built without distributed.
+    """
     return hasattr(tensor, "device_mesh")
 
 
@@ -22,12 +28,16 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def on_whole(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """``function`` of the whole tensor, then sharded as ``tensor`` is: a layout of packed codes does not cut where rows do."""
+    """``function`` of the whole tensor, then sharded as ``tensor`` is: a layout of packed codes does not cut where rows
+    do.
+    """
     return sharded_like(tensor, function(whole(tensor)))
 
 
 def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """``tensor`` in the layout of ``parameter``, whole or sharded: equal on all ranks where it is whole. Without a copy where it has that layout already."""
+    """``tensor`` in the layout of ``parameter``, whole or sharded: equal on all ranks where it is whole. Without a copy
+    where it has that layout already.
+    """
     if is_sharded(parameter) == is_sharded(tensor):
         return tensor
     if not is_sharded(parameter):
@@ -40,10 +50,12 @@ def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
 class FrozenWeight(nn.Module):
     """A module whose packed weight, scales and indices are frozen Parameters.
 
-    Parameters, not buffers: DDP broadcasts buffers at every forward. Not called ``weight``: T5 casts its activations to ``wo.weight.dtype``.
+    Parameters, not buffers: DDP broadcasts buffers at every forward. Not called ``weight``: T5 casts its activations to
+    ``wo.weight.dtype``.
     """
 
-    keeps_float32 = ("weight_scale", "outlier_weight")  # whatever .to(dtype) asks for: masters of training, factors of every product
+    # whatever .to(dtype) asks for: masters of training, factors of every product
+    keeps_float32 = ("weight_scale", "outlier_weight")
     shape: tuple[int, int]  # (N, K), or (V, D) of a table
     weight_packed: nn.Parameter
     weight_scale: nn.Parameter
@@ -65,12 +77,16 @@ class FrozenWeight(nn.Module):
         return self.weight_packed.detach()
 
     def stored_bytes(self) -> int:
-        """Bytes of its tensors as a checkpoint holds them, whatever layout of weight_packed the kernels of its device read."""
+        """Bytes of its tensors as a checkpoint holds them, whatever layout of weight_packed the kernels of its device
+        read.
+        """
         return sum(parameter.nbytes for parameter in self.parameters())
 
     @property
     def weight(self) -> Tensor:
-        """A stand-in with the weight's shape, dtype and device, one NaN in memory: code that looks at it is served, code that reads it sees NaN."""
+        """A stand-in with the weight's shape, dtype and device, one NaN in memory: code that looks at it is served,
+        code that reads it sees NaN.
+        """
         probe: Any = self.weight_scale.detach().new_full((), float("nan"), dtype=self.compute_dtype).expand(self.shape)
         if not torch.compiler.is_compiling():
             probe._is_hf_initialized = True  # T5's initialisation would write into it
@@ -90,7 +106,9 @@ class FrozenWeight(nn.Module):
 
     @staticmethod
     def _take_disk_name(state_dict: dict[str, Any], prefix: str) -> None:
-        """Accept the name on disk, ``weight``, for the name in memory: Trainer resumes by load_state_dict on a file of save_pretrained."""
+        """Accept the name on disk, ``weight``, for the name in memory: Trainer resumes by load_state_dict on a file of
+        save_pretrained.
+        """
         stored = state_dict.get(f"{prefix}weight")
         if stored is not None and stored.dtype == torch.uint8:
             state_dict[f"{prefix}weight_packed"] = state_dict.pop(f"{prefix}weight")

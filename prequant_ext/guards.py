@@ -1,4 +1,6 @@
-"""Which layer was it: guards that name the module where a NaN or Inf first appears, or where memory runs out. For debugging; they slow a model down."""
+"""Which layer was it: guards that name the module where a NaN or Inf first appears, or where memory runs out. For
+debugging; they slow a model down.
+"""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -7,15 +9,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # of CUDA's allocator, and of the CPU's, which raises a plain RuntimeError
-ADVICE = "lower the batch size or the sequence length, or trade time for memory: prepare_model(model, gradient_checkpointing=True)"
+# of CUDA's allocator, and of the CPU's, which raises a plain RuntimeError
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+ADVICE = (
+    "lower the batch size or the sequence length, or trade time for memory: prepare_model(model, "
+    "gradient_checkpointing=True)"
+)
 
 
 def nan_guard(model: nn.Module) -> ExitStack:
-    """From now on ``model`` raises FloatingPointError naming the first module whose output, or the first parameter or output whose gradient, is not finite.
+    """From now on ``model`` raises FloatingPointError naming the first module whose output, or the first parameter or
+    output whose gradient, is not finite.
 
-    In force until ``close()``, or the end of a ``with``. Costs a synchronisation a module, and cannot be compiled. Not together with a GradScaler, which
-    expects gradients to overflow now and then.
+    In force until ``close()``, or the end of a ``with``. Costs a synchronisation a module, and cannot be compiled. Not
+    together with a GradScaler, which expects gradients to overflow now and then.
     """
     stack = ExitStack()
     for name, module in model.named_modules():
@@ -44,14 +51,18 @@ def _require_finite(tensor: Tensor, what: str) -> None:
     bad = tensor.numel() - int(tensor.isfinite().sum())
     if bad:
         nans = int(tensor.isnan().sum())
-        raise FloatingPointError(f"{what} has {nans} NaN and {bad - nans} Inf among its {tensor.numel()} values ({_described(tensor)})")
+        raise FloatingPointError(
+            f"{what} has {nans} NaN and {bad - nans} Inf among its {tensor.numel()} values ({_described(tensor)})"
+        )
 
 
 def memory_guard(model: nn.Module) -> ExitStack:
-    """From now on an out-of-memory error that passes through ``model`` says in which module, on what input, and what to do. It stays the error it was.
+    """From now on an out-of-memory error that passes through ``model`` says in which module, on what input, and what to
+    do. It stays the error it was.
 
-    In force until ``close()``, or the end of a ``with``. A ``with`` around the whole step, or around ``trainer.train()``, names the module in a backward
-    pass, too: there no module is on the stack, and the last one whose gradient arrived is named.
+    In force until ``close()``, or the end of a ``with``. A ``with`` around the whole step, or around
+    ``trainer.train()``, names the module in a backward pass, too: there no module is on the stack, and the last one
+    whose gradient arrived is named.
     """
     stack = ExitStack()
     reached: list[str] = []  # at most one: the module whose output's gradient arrived last
@@ -69,7 +80,8 @@ def memory_guard(model: nn.Module) -> ExitStack:
 
 def _memory_note(name: str, reached: list[str]) -> Any:
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        error = sys.exc_info()[1]  # torch calls this hook where it handles the error, and drops what the hook itself raises
+        # torch calls this hook where it handles the error, and drops what the hook itself raises
+        error = sys.exc_info()[1]
         if error is not None:
             inputs = ", ".join(map(_described, _tensors((args, kwargs)))) or "no tensor"
             _add_note(error, f"in {name}, called with {inputs}")
@@ -82,7 +94,9 @@ def _memory_note(name: str, reached: list[str]) -> Any:
 
 
 def _add_note(error: BaseException | None, where: str) -> None:
-    """Once, and in place: whoever catches torch's own type or looks for its words (accelerate's batch-size finder) still finds them."""
+    """Once, and in place: whoever catches torch's own type or looks for its words (accelerate's batch-size finder)
+    still finds them.
+    """
     text = str(error)
     if isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY) and ADVICE not in text:
         error.args = (f"{text}\nMemory ran out {where}: {ADVICE}",)

@@ -1,8 +1,9 @@
-"""The transformers plug-in: quantize while a float checkpoint streams in, save_pretrained, from_pretrained. Importing this module registers it.
+"""The transformers plug-in: quantize while a float checkpoint streams in, save_pretrained, from_pretrained. Importing
+this module registers it.
 
-A module X has on disk X.weight (packed codes), X.weight_scale, X.weight_zero_point, and a linear X.outlier_dims and X.outlier_weight. The codes keep the
-float weight's name there, so that a program without the plug-in stops at their shape; under any other name it would start from random weights. In memory
-they are X.weight_packed (see frozen.py).
+A module X has on disk X.weight (packed codes), X.weight_scale, X.weight_zero_point, and a linear X.outlier_dims and
+X.outlier_weight. The codes keep the float weight's name there, so that a program without the plug-in stops at their
+shape; under any other name it would start from random weights. In memory they are X.weight_packed (see frozen.py).
 """
 
 import copy
@@ -16,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter, WeightRenaming, build_glob_alternation, rename_source_key
+from transformers.core_model_loading import (
+    ConversionOps,
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    rename_source_key,
+)
 from transformers.integrations.accelerate import get_device
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -36,18 +44,22 @@ from prequant_ext.sites import Site, find_sites
 from prequant_ext.strictness import warn
 
 METHOD = PreQuantConfig.quant_method
-TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "outlier_dims", "outlier_weight")  # a table has the first three
+# a table has the first three
+TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "outlier_dims", "outlier_weight")
 
 __all__ = ["METHOD", "PreQuantHfConfig", "PreQuantHfQuantizer", "attach", "detach", "save_model_dir"]
 
 
 class PreQuantHfConfig(QuantizationConfigMixin):
-    """A :class:`PreQuantConfig` as ``quantization_config`` of a model's config.json, with what a reader of the files must know besides.
+    """A :class:`PreQuantConfig` as ``quantization_config`` of a model's config.json, with what a reader of the files
+    must know besides.
 
     config         the settings
     family         the family row the model was quantized with, where it is not the table's own
-    float_modules  modules that the float checkpoint lacked, hence fresh float layers; names without the base model's prefix
-    dtype          of the float part. The model's own ``dtype`` would name that of the first parameter, often a float32 scale
+    float_modules  modules that the float checkpoint lacked, hence fresh float layers; names without the base model's
+                   prefix
+    dtype          of the float part. The model's own ``dtype`` would name that of the first parameter, often a float32
+                   scale
 
     Raises ValueError on an unknown setting, or a ``format_version`` newer than this library's.
     """
@@ -67,7 +79,8 @@ class PreQuantHfConfig(QuantizationConfigMixin):
             raise ValueError(f"format_version must be an integer of at least 1, got {format_version!r}")
         if format_version > FORMAT_VERSION:  # before the settings, which a newer version may have added to
             raise ValueError(
-                f"the checkpoint has format_version {format_version}, but this prequant_ext reads up to format_version {FORMAT_VERSION}: upgrade prequant_ext"
+                f"the checkpoint has format_version {format_version}, but this prequant_ext reads up to "
+                f"format_version {FORMAT_VERSION}: upgrade prequant_ext"
             )
         self.quant_method = quant_method
         self.format_version = format_version
@@ -87,27 +100,38 @@ class PreQuantHfConfig(QuantizationConfigMixin):
             return cls(config)
         if isinstance(config, Mapping):
             return cls(**config)
-        raise ValueError(f"quantization_config must be a PreQuantConfig for a prequant checkpoint, got {type(config).__name__}")
+        raise ValueError(
+            f"quantization_config must be a PreQuantConfig for a prequant checkpoint, got {type(config).__name__}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         family = None if self.family is None else dataclasses.asdict(self.family)
         own = {"family": family, "float_modules": list(self.float_modules), "dtype": self.dtype}
-        return {"quant_method": self.quant_method, "format_version": self.format_version, **self.config.to_dict()} | {k: v for k, v in own.items() if v}
+        return {"quant_method": self.quant_method, "format_version": self.format_version, **self.config.to_dict()} | {
+            k: v for k, v in own.items() if v
+        }
 
     def __iter__(self) -> Any:
         yield from self.to_dict().items()
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As a dict has it: where a loaded model's config is passed on, transformers asks its quantization_config like the dict of a config.json."""
+        """As a dict has it: where a loaded model's config is passed on, transformers asks its quantization_config like
+        the dict of a config.json.
+        """
         return self.to_dict().get(key, default)
 
     def check_agrees(self, asked: "PreQuantHfConfig") -> None:
-        """Raises ValueError naming the settings that differ from ``asked``'s: the file's codes cannot follow another config."""
+        """Raises ValueError naming the settings that differ from ``asked``'s: the file's codes cannot follow another
+        config.
+        """
         stored, wanted = self.config.to_dict(), asked.config.to_dict()
-        differing = [f"{name} = {stored[name]!r}, not {wanted[name]!r}" for name in stored if stored[name] != wanted[name]]
+        differing = [
+            f"{name} = {stored[name]!r}, not {wanted[name]!r}" for name in stored if stored[name] != wanted[name]
+        ]
         if differing:
             raise ValueError(
-                f"quantization_config contradicts the checkpoint, which was quantized with {'; '.join(differing)}; leave it out to load the file as it is"
+                f"quantization_config contradicts the checkpoint, which was quantized with {'; '.join(differing)}; "
+                "leave it out to load the file as it is"
             )
 
 
@@ -122,13 +146,16 @@ class PackedRenaming(WeightRenaming):
         names = [name.removeprefix(prefix) for name, _ in checkpoint.quantized_modules(model)]
         if not names:
             return []
-        # Names in full, with and without the base model's prefix (the loader adds or strips it afterwards). No "$": it would stay in saved keys.
+        # Names in full, with and without the base model's prefix (the loader adds or strips it afterwards). No "$": it
+        # would stay in saved keys.
         spelled = "|".join(re.escape(f"{start}{name}") for name in names for start in ("", prefix))
         return [cls(rf"^({spelled})\.weight", r"\1.weight_packed")]
 
 
 class _Refusal(dict):
-    """A conversion's result that raises when the loader takes it up, as the loader would swallow an exception of the conversion itself."""
+    """A conversion's result that raises when the loader takes it up, as the loader would swallow an exception of the
+    conversion itself.
+    """
 
     def __init__(self, error: Exception):
         super().__init__()
@@ -139,17 +166,24 @@ class _Refusal(dict):
 
 
 class QuantizeWhileLoading(ConversionOps):
-    """One float weight, just read from disk -> the tensors of its quantized module. The loader calls it weight by weight, and drops the float one after."""
+    """One float weight, just read from disk -> the tensors of its quantized module. The loader calls it weight by
+    weight, and drops the float one after.
+    """
 
     def __init__(self, quantizer: "PreQuantHfQuantizer"):
         self.quantizer = quantizer
 
-    def convert(self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any) -> dict[str, Tensor]:
+    def convert(
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any
+    ) -> dict[str, Tensor]:
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
         name = full_layer_name.rpartition(".")[0]
         try:
-            return {f"{name}.{key}": tensor for key, tensor in self.quantizer.quantized(model.get_submodule(name), weight, name).items()}
+            return {
+                f"{name}.{key}": tensor
+                for key, tensor in self.quantizer.quantized(model.get_submodule(name), weight, name).items()
+            }
         except Exception as error:
             return _Refusal(error)
 
@@ -162,7 +196,9 @@ class PreQuantHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, pre_quantized: bool = True, **kwargs: Any):
         # A copy: loading writes into it, and the caller's may serve several models.
-        super().__init__(copy.deepcopy(PreQuantHfConfig.wrap(quantization_config)), pre_quantized=pre_quantized, **kwargs)
+        super().__init__(
+            copy.deepcopy(PreQuantHfConfig.wrap(quantization_config)), pre_quantized=pre_quantized, **kwargs
+        )
         self.sites: dict[str, Site] = {}
         self.dtype = torch.get_default_dtype()
 
@@ -172,7 +208,9 @@ class PreQuantHfQuantizer(HfQuantizer):
         check_strategy()
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """The one place that sees the model's config before ``dtype="auto"`` is settled: it must find the model's dtype, not the first scale's."""
+        """The one place that sees the model's config before ``dtype="auto"`` is settled: it must find the model's
+        dtype, not the first scale's.
+        """
         if self.pre_quantized and self.quantization_config.dtype is not None:
             config.dtype = getattr(torch, self.quantization_config.dtype)
         return config
@@ -181,14 +219,21 @@ class PreQuantHfQuantizer(HfQuantizer):
         self.dtype = dtype
         return dtype
 
-    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, device_map: Any = None, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, device_map: Any = None, **_: Any
+    ) -> None:
         stored = self.quantization_config
         if stored.family is not None:
             model._prequant_family = stored.family
         sites = find_sites(model, stored.config, stored.family, allow_unmatched=self.pre_quantized)
-        self.sites = {site.name: site for site in sites if _without_prefix(model, site.name) not in stored.float_modules}
-        if not self.pre_quantized and isinstance(device_map, Mapping):  # "auto" is settled only once the modules are in place
-            checkpoint.refuse_disk(name for name in self.sites if get_device(device_map, f"{name}.weight_packed") == "disk")
+        self.sites = {
+            site.name: site for site in sites if _without_prefix(model, site.name) not in stored.float_modules
+        }
+        # "auto" is settled only once the modules are in place
+        if not self.pre_quantized and isinstance(device_map, Mapping):
+            checkpoint.refuse_disk(
+                name for name in self.sites if get_device(device_map, f"{name}.weight_packed") == "disk"
+            )
         for site in self.sites.values():
             model.set_submodule(site.name, self._empty_module(model, site))  # on the meta device: nothing is allocated
         if checkpoint_files is None:  # a state_dict was given: its tensors are checked once they are loaded
@@ -202,19 +247,28 @@ class PreQuantHfQuantizer(HfQuantizer):
 
     def _empty_module(self, model: Any, site: Site) -> PreQuantLinear | PreQuantEmbedding:
         module = empty_layer(site, model.get_submodule(site.name), self.quantization_config.config)
-        kept_in_float32 = model._get_dtype_plan(self.dtype)  # T5's wo in float16: the layer computes as the float one would
+        # T5's wo in float16: the layer computes as the float one would
+        kept_in_float32 = model._get_dtype_plan(self.dtype)
         if kept_in_float32 and build_glob_alternation(list(kept_in_float32))[0].search(f"{site.name}.weight"):
             return module.to(torch.float32)
         return module
 
     def _warn_if_rounded(self, headers: Mapping[str, checkpoint.Header]) -> None:
-        """A dtype that cannot hold the checkpoint's values rounds them before they are quantized: other codes, another base."""
+        """A dtype that cannot hold the checkpoint's values rounds them before they are quantized: other codes, another
+        base.
+        """
         weights = {headers[key].dtype for key in (f"{name}.weight_packed" for name in self.sites) if key in headers}
-        rounded = [str(dtype) for dtype in weights if isinstance(dtype, torch.dtype) and torch.promote_types(dtype, self.dtype) != self.dtype]
+        rounded = [
+            str(dtype)
+            for dtype in weights
+            if isinstance(dtype, torch.dtype) and torch.promote_types(dtype, self.dtype) != self.dtype
+        ]
         if rounded:
             warn(
-                f"dtype={self.dtype} rounds the checkpoint's {', '.join(sorted(rounded))} weights before they are quantized: this base differs from the one "
-                'made in the checkpoint\'s own dtype, and task files do not fit both. Quantize with dtype="auto", save, and load that with any dtype'
+                f"dtype={self.dtype} rounds the checkpoint's {', '.join(sorted(rounded))} weights before they are "
+                "quantized: this base differs from the one "
+                'made in the checkpoint\'s own dtype, and task files do not fit both. Quantize with dtype="auto", '
+                "save, and load that with any dtype"
             )
 
     # ---- while
@@ -233,7 +287,9 @@ class PreQuantHfQuantizer(HfQuantizer):
             table = quantize.quantize_table(weight, config, name=name)
             return dict(zip(TENSORS, table, strict=False))
         weight = weight.T if site.is_transposed else weight
-        matrix = quantize.quantize_matrix(weight, config, name=name, axis=module.axis, bits=site.bits, hidden_size=site.hidden_size)
+        matrix = quantize.quantize_matrix(
+            weight, config, name=name, axis=module.axis, bits=site.bits, hidden_size=site.hidden_size
+        )
         module.squared_error = matrix.squared_error
         return {key: getattr(matrix, key) for key in TENSORS}
 
@@ -247,10 +303,14 @@ class PreQuantHfQuantizer(HfQuantizer):
             checkpoint.refuse_disk(name for name in self.sites if model.get_submodule(name).weight_packed.is_meta)
         absent = [name for name in self.sites if not checkpoint.is_loaded(model.get_submodule(name).weight_packed)]
         if absent and self.pre_quantized:
-            raise ValueError(f"the quantized checkpoint has no {absent[0]}.weight, which {type(model).__name__} needs ({len(absent)} absent in all)")
+            raise ValueError(
+                f"the quantized checkpoint has no {absent[0]}.weight, which {type(model).__name__} needs "
+                f"({len(absent)} absent in all)"
+            )
         if absent and not any(site.kind == "linear" for name, site in self.sites.items() if name not in absent):
             raise ValueError(
-                f"the checkpoint has none of the weights that {type(model).__name__} would quantize, such as {absent[0]}.weight: is it of another model?"
+                f"the checkpoint has none of the weights that {type(model).__name__} would quantize, such as "
+                f"{absent[0]}.weight: is it of another model?"
             )
         for name in absent:
             self._put_fresh_layer(model, name)
@@ -273,7 +333,9 @@ class PreQuantHfQuantizer(HfQuantizer):
         return model
 
     def _put_fresh_layer(self, model: Any, name: str) -> None:
-        """Replace a module whose weight the float checkpoint lacks, uninitialised memory by now, with the float layer that transformers would make."""
+        """Replace a module whose weight the float checkpoint lacks, uninitialised memory by now, with the float layer
+        that transformers would make.
+        """
         site, empty = self.sites.pop(name), model.get_submodule(name)
         N, K = site.shape
         if isinstance(empty, PreQuantEmbedding):
@@ -285,19 +347,24 @@ class PreQuantHfQuantizer(HfQuantizer):
         if bias is not None and checkpoint.is_loaded(bias):
             layer.bias = bias
         model.set_submodule(name, layer)
-        model._init_weights(model.get_submodule(name.rpartition(".")[0]))  # T5 initialises its layers from their parent; what is loaded is flagged and stays
+        # T5 initialises its layers from their parent; what is loaded is flagged and stays
+        model._init_weights(model.get_submodule(name.rpartition(".")[0]))
         model._init_weights(layer)
 
     # ---- saving and training
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """Called before the config is written: the moment to note the model's dtype. save_pretrained takes the state_dict returned in place of the one it was
-        given (gathered from FSDP2's ranks, averaged), so it gets that back."""
+        """Called before the config is written: the moment to note the model's dtype. save_pretrained takes the
+        state_dict returned in place of the one it was given (gathered from FSDP2's ranks, averaged), so it gets that
+        back.
+        """
         linears = [module for _, module in checkpoint.quantized_modules(model) if isinstance(module, PreQuantLinear)]
         if all(container_bits(module.bits) == 8 for module in linears):
             warn(
-                "every matrix is stored in 8 bits a weight, which is the shape of the float one: a program that opens this checkpoint without "
-                "`import prequant_ext` takes the codes for weights and only logs it; with fewer bits in one matrix it would stop"
+                "every matrix is stored in 8 bits a weight, which is the shape of the float one: a program that opens "
+                "this checkpoint without "
+                "`import prequant_ext` takes the codes for weights and only logs it; with fewer bits in one matrix it "
+                "would stop"
             )
         model.config.quantization_config.dtype = str(checkpoint.compute_dtype(model)).removeprefix("torch.")
         return sys._getframe(1).f_locals.get("state_dict"), {}
@@ -310,7 +377,9 @@ class PreQuantHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Read by Trainer's constructor once its Accelerator is there: the first moment at which the strategy is known."""
+        """Read by Trainer's constructor once its Accelerator is there:
+        the first moment at which the strategy is known.
+        """
         check_strategy()
         return True
 
@@ -325,15 +394,21 @@ class PreQuantHfQuantizer(HfQuantizer):
 
 
 def attach(model: PreTrainedModel, config: PreQuantConfig, family: Family | None = None) -> None:
-    """Make a model that quantize_model has quantized what from_pretrained would have returned: save_pretrained and Trainer know it.
+    """Make a model that quantize_model has quantized what from_pretrained would have returned: save_pretrained and
+    Trainer know it.
 
-    ``family`` is stored with the model where it is not its row of the table; by default the one that quantize_model was given.
+    ``family`` is stored with the model where it is not its row of the table; by default the one that quantize_model was
+    given.
     """
     quantizer = PreQuantHfQuantizer(PreQuantHfConfig(config, family=family or getattr(model, "_prequant_family", None)))
     quantizer.dtype = checkpoint.compute_dtype(model)
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:  # made from a config: what save_pretrained would assume
-        conversions = [entry for entry in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(entry, PrefixChange)]
+        conversions = [
+            entry
+            for entry in get_model_conversion_mapping(model, add_legacy=False)
+            if not isinstance(entry, PrefixChange)
+        ]
     model._weight_conversions = quantizer.update_weight_conversions(conversions, model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
@@ -342,10 +417,16 @@ def attach(model: PreTrainedModel, config: PreQuantConfig, family: Family | None
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Undo :func:`attach` and what from_pretrained noted on a model that is float again: save_pretrained writes a plain checkpoint, Trainer trains it."""
+    """Undo :func:`attach` and what from_pretrained noted on a model that is float again: save_pretrained writes a plain
+    checkpoint, Trainer trains it.
+    """
     for owner, attributes in (
         (model, ("hf_quantizer", "is_quantized", "quantization_method", "_prequant_family")),
-        *((module.config, ("quantization_config", "_is_quantized")) for module in model.modules() if isinstance(module, PreTrainedModel)),
+        *(
+            (module.config, ("quantization_config", "_is_quantized"))
+            for module in model.modules()
+            if isinstance(module, PreTrainedModel)
+        ),
     ):
         for attribute in attributes:
             owner.__dict__.pop(attribute, None)
@@ -357,13 +438,18 @@ def _without_prefix(model: PreTrainedModel, name: str) -> str:
     return name.removeprefix(f"{model.base_model_prefix}.")
 
 
-def _by_name_in_memory(model: PreTrainedModel, quantizer: PreQuantHfQuantizer, headers: Mapping[str, checkpoint.Header]) -> dict[str, checkpoint.Header]:
+def _by_name_in_memory(
+    model: PreTrainedModel, quantizer: PreQuantHfQuantizer, headers: Mapping[str, checkpoint.Header]
+) -> dict[str, checkpoint.Header]:
     """``headers`` by the names that the loader will give to the tensors."""
     conversions = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     in_memory = model.state_dict()
-    return {rename_source_key(key, renamings, converters, model.base_model_prefix, in_memory)[0]: header for key, header in headers.items()}
+    return {
+        rename_source_key(key, renamings, converters, model.base_model_prefix, in_memory)[0]: header
+        for key, header in headers.items()
+    }
 
 
 def _register() -> None:
@@ -378,8 +464,14 @@ def _register() -> None:
     merge_configs = getattr(merge_configs, "_without_prequant", merge_configs)
 
     def merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        """transformers drops the caller's config with a warning when the file has one; ours must not contradict the file."""
-        method = quantization_config.get("quant_method") if isinstance(quantization_config, dict) else quantization_config.quant_method
+        """transformers drops the caller's config with a warning when the file has one; ours must not contradict the
+        file.
+        """
+        method = (
+            quantization_config.get("quant_method")
+            if isinstance(quantization_config, dict)
+            else quantization_config.quant_method
+        )
         if method != METHOD:
             return merge_configs(quantization_config, quantization_config_from_args)
         stored = PreQuantHfConfig.wrap(quantization_config)

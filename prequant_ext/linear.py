@@ -13,25 +13,31 @@ from prequant_ext.outliers import AXES
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is transformers' Conv1D: a linear layer that stores its weight as (K, N). Told by name: transformers is optional."""
+    """Whether ``module`` is transformers' Conv1D: a linear layer that stores its weight as (K, N). Told by name:
+    transformers is optional.
+    """
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 class PreQuantLinear(FrozenWeight):
-    """``y = x W^T + x[:, idx] O^T + bias`` (axis input) or ``y = x W^T + bias; y[:, idx] += x O^T`` (axis output).  PreQuant, Section 4.3.
+    """``y = x W^T + x[:, idx] O^T + bias`` (axis input) or ``y = x W^T + bias; y[:, idx] += x O^T`` (axis output).
+    PreQuant, Section 4.3.
 
-    Frozen     weight_packed uint8: the layout of its device's kernels, 3 dimensions; a state dict has canonical storage, (N, B)
-               · weight_scale float32 and weight_zero_point uint8: (1, 1), (N, 1) or (N, G) · outlier_dims (r,) int64, ascending · bias (N,)
-    Trained    outlier_weight float32, O: (N, r) or (r, K), the weights of the outlier dimensions; their codes are worth exactly 0.
-               With ``train_scales`` (PreQuant-alpha) weight_scale is trained and r is 0.
+    Frozen     weight_packed uint8: the layout of its device's kernels, 3 dimensions; a state dict has canonical
+               storage, (N, B) · weight_scale float32 and weight_zero_point uint8: (1, 1), (N, 1) or (N, G) ·
+               outlier_dims (r,) int64, ascending · bias (N,)
+    Trained    outlier_weight float32, O: (N, r) or (r, K), the weights of the outlier dimensions; their codes are worth
+               exactly 0. With ``train_scales`` (PreQuant-alpha) weight_scale is trained and r is 0.
 
-    x is (..., K) float32, float16 or bfloat16 and y has its dtype (or autocast's); with ``activation_bits`` 8, x enters both products quantized.
-    ``.to(dtype)`` leaves scales and outlier weights in float32.
+    x is (..., K) float32, float16 or bfloat16 and y has its dtype (or autocast's); with ``activation_bits`` 8, x enters
+    both products quantized. ``.to(dtype)`` leaves scales and outlier weights in float32.
 
-    Raises ValueError if r exceeds the sliced axis, if a group or the hidden size does not divide K, or on non-finite weights.
+    Raises ValueError if r exceeds the sliced axis, if a group or the hidden size does not divide K, or on non-finite
+    weights.
     """
 
-    row_weights: Callable[[], Tensor | None] | None = None  # in a model with tasks: outlier weights for each row of a mixed batch, (B, N, r) or (B, r, K)
+    # in a model with tasks: outlier weights for each row of a mixed batch, (B, N, r) or (B, r, K)
+    row_weights: Callable[[], Tensor | None] | None = None
     stays_canonical = False  # for FSDP2 (prepare_model); the kernels then convert weight_packed in every call
 
     def __init__(
@@ -50,7 +56,11 @@ class PreQuantLinear(FrozenWeight):
     ):
         super().__init__(dtype)
         if axis not in AXES:
-            hint = '; "hidden" is decided by the role of a module in its model: use quantize_model' if axis == "hidden" else ""
+            hint = (
+                '; "hidden" is decided by the role of a module in its model: use quantize_model'
+                if axis == "hidden"
+                else ""
+            )
             raise ValueError(f"axis must be input or output for a single layer, got {axis!r}{hint}")
         self.in_features, self.out_features = in_features, out_features
         self.shape = (out_features, in_features)
@@ -70,7 +80,9 @@ class PreQuantLinear(FrozenWeight):
         self.weight_scale = empty_parameter(blocks, torch.float32, device, requires_grad=config.train_scales)
         self.weight_zero_point = empty_parameter(blocks, torch.uint8, device)
         self.outlier_dims = empty_parameter((r,), torch.int64, device)
-        self.outlier_weight = empty_parameter((N, r) if axis == "input" else (r, K), torch.float32, device, requires_grad=r > 0)
+        self.outlier_weight = empty_parameter(
+            (N, r) if axis == "input" else (r, K), torch.float32, device, requires_grad=r > 0
+        )
         self.bias: nn.Parameter | None
         self.register_parameter("bias", empty_parameter((N,), self.compute_dtype, device) if bias else None)
 
@@ -88,8 +100,9 @@ class PreQuantLinear(FrozenWeight):
     ) -> "PreQuantLinear":
         """The pre-quantized twin of an ``nn.Linear`` (or transformers Conv1D), which stays as it is.
 
-        ``axis``: None takes the config's, and "input" for its "hidden", which a layer without a model cannot decide. ``name`` is used in errors and seeds the
-        random selector; ``hidden_size`` is the group of trained scales (default: in_features); ``tuned`` the fine-tuned weight of the ticket selector.
+        ``axis``: None takes the config's, and "input" for its "hidden", which a layer without a model cannot decide.
+        ``name`` is used in errors and seeds the random selector; ``hidden_size`` is the group of trained scales
+        (default: in_features); ``tuned`` the fine-tuned weight of the ticket selector.
         """
         if axis is None:
             axis = "input" if config.axis == "hidden" else config.axis
@@ -114,7 +127,9 @@ class PreQuantLinear(FrozenWeight):
             device="meta",
         )
         tuned = tuned.T if tuned is not None and is_transposed else tuned
-        quantized = quantize.quantize_matrix(weight, config, name=name, axis=axis, bits=layer.bits, hidden_size=hidden_size, tuned=tuned)
+        quantized = quantize.quantize_matrix(
+            weight, config, name=name, axis=axis, bits=layer.bits, hidden_size=hidden_size, tuned=tuned
+        )
         layer.load_quantized(quantized, bias)
         return layer
 
@@ -128,7 +143,8 @@ class PreQuantLinear(FrozenWeight):
         self.squared_error = quantized.squared_error
         self.prepack_()
 
-    # ---- the layout of weight_packed: canonical rows, or what the kernels of its device read; one of them in memory, never both
+    # ---- the layout of weight_packed: canonical rows, or what the kernels of its device read; one of them in memory,
+    # never both
 
     @property
     def is_prepacked(self) -> bool:
@@ -148,11 +164,15 @@ class PreQuantLinear(FrozenWeight):
 
     @torch.no_grad()
     def prepack_(self) -> "PreQuantLinear":
-        """Put weight_packed into the layout that the kernels of its device read, if they read one of their own. Lossless; done once, not per call.
+        """Put weight_packed into the layout that the kernels of its device read, if they read one of their own.
+        Lossless; done once, not per call.
 
-        A layer that is or will be sharded stays as it is: FSDP2 holds on to its tensors, and fills them from canonical files.
+        A layer that is or will be sharded stays as it is: FSDP2 holds on to its tensors, and fills them from canonical
+        files.
         """
-        if not (self.is_prepacked or self.stays_canonical or is_sharded(self.weight_packed)) and ops.reads_prepacked(self.weight_packed):
+        if not (self.is_prepacked or self.stays_canonical or is_sharded(self.weight_packed)) and ops.reads_prepacked(
+            self.weight_packed
+        ):
             self.weight_packed.data = ops.prepack(self.weight_packed.detach(), self.in_features, self.bits)
         return self
 
@@ -180,7 +200,9 @@ class PreQuantLinear(FrozenWeight):
         self.prepack_()
 
     def forward(self, x: Tensor, outlier_weight: Tensor | None = None) -> Tensor:
-        """``outlier_weight`` takes the place of the layer's own: float32 of its shape, or (B, ...) with one for each of the batch's B rows."""
+        """``outlier_weight`` takes the place of the layer's own: float32 of its shape, or (B, ...) with one for each of
+        the batch's B rows.
+        """
         K = x.shape[-1]
         if self.in_features != K:  # the packed row alone cannot tell an odd K from the next even one
             raise ValueError(f"x has K = {K} but the layer has in_features = {self.in_features}")
@@ -189,9 +211,16 @@ class PreQuantLinear(FrozenWeight):
         if outlier_weight is not None and outlier_weight.dim() == 3:
             return self._forward_mixed(x, outlier_weight)
         rows = x if x.dim() == 2 else x.reshape(-1, K)
-        own: dict[str, Any] = self._parameters  # an attribute costs Module a search, and a layer of one token is done in a few microseconds
+        # an attribute costs Module a search, and a layer of one token is done in a few microseconds
+        own: dict[str, Any] = self._parameters
         outlier_weight = own["outlier_weight"] if outlier_weight is None else outlier_weight
-        weight = (own["weight_packed"], own["weight_scale"], own["weight_zero_point"], own["outlier_dims"], outlier_weight)
+        weight = (
+            own["weight_packed"],
+            own["weight_scale"],
+            own["weight_zero_point"],
+            own["outlier_dims"],
+            outlier_weight,
+        )
         axis, bias = AXES[self.axis], own["bias"]
         if self.activation_bits is None:
             y = ops.linear_w4a16(rows, *weight, bias, self.bits, axis, self.out_features)
@@ -199,15 +228,24 @@ class PreQuantLinear(FrozenWeight):
             # By the operator itself, where nobody needs them afterwards.
             quantized: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None)
             if torch.is_grad_enabled():
-                quantized = ops.quantize_activations(rows.detach(), self.per_token, self.group_size, self.outlier_dims if self.raw_outliers else None)
-            y = ops.linear_w4a8(rows, *quantized, *weight, bias, self.bits, axis, self.raw_outliers, self.out_features, self.per_token)
+                quantized = ops.quantize_activations(
+                    rows.detach(), self.per_token, self.group_size, self.outlier_dims if self.raw_outliers else None
+                )
+            y = ops.linear_w4a8(
+                rows, *quantized, *weight, bias, self.bits, axis, self.raw_outliers, self.out_features, self.per_token
+            )
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def _forward_mixed(self, x: Tensor, row_weights: Tensor) -> Tensor:
-        """:meth:`forward` where each of the batch's B rows has outlier weights of its own: the frozen product of all rows, then one batched product."""
+        """:meth:`forward` where each of the batch's B rows has outlier weights of its own: the frozen product of all
+        rows, then one batched product.
+        """
         B, rows = len(row_weights), x.reshape(-1, self.in_features)
         if len(rows) % B or (x.dim() > 2 and len(x) != B):
-            raise ValueError(f"x must have the batch's {B} rows, a task each, got shape {tuple(x.shape)}: this layer is not called row by row")
+            raise ValueError(
+                f"x must have the batch's {B} rows, a task each, got shape {tuple(x.shape)}: this layer is not called "
+                "row by row"
+            )
         axis, nothing = AXES[self.axis], self.outlier_weight.detach()
         nothing = nothing[:, :0] if self.axis == "input" else nothing[:0]
         weight = (self.weight_packed, self.weight_scale, self.weight_zero_point, self.outlier_dims[:0], nothing)
@@ -216,17 +254,42 @@ class PreQuantLinear(FrozenWeight):
             y = ops.linear_w4a16(rows, *weight, self.bias, self.bits, axis, self.out_features)
         else:
             excluded = self.outlier_dims if self.raw_outliers else None
-            codes, scale, zero_point, sums = ops.quantize_activations(rows.detach(), self.per_token, self.group_size, excluded)
-            y = ops.linear_w4a8(rows, codes, scale, zero_point, sums, *weight, self.bias, self.bits, axis, False, self.out_features, self.per_token)
+            codes, scale, zero_point, sums = ops.quantize_activations(
+                rows.detach(), self.per_token, self.group_size, excluded
+            )
+            y = ops.linear_w4a8(
+                rows,
+                codes,
+                scale,
+                zero_point,
+                sums,
+                *weight,
+                self.bias,
+                self.bits,
+                axis,
+                False,
+                self.out_features,
+                self.per_token,
+            )
             if not self.raw_outliers:
-                # In place here and below: on a CPU the memory of another tensor as large as x or y takes longer to get than its values to compute.
-                value = (codes[:, self.outlier_dims] if self.axis == "input" else codes).float().sub_(zero_point.float()).mul_(scale)
+                # In place here and below: on a CPU the memory of another tensor as large as x or y takes longer to get
+                # than its values to compute.
+                value = (
+                    (codes[:, self.outlier_dims] if self.axis == "input" else codes)
+                    .float()
+                    .sub_(zero_point.float())
+                    .mul_(scale)
+                )
                 # Straight through where a gradient is wanted: the value is exact, the gradient x's.
-                columns = value + (columns - columns.detach()) if torch.is_grad_enabled() and columns.requires_grad else value
+                columns = (
+                    value + (columns - columns.detach()) if torch.is_grad_enabled() and columns.requires_grad else value
+                )
         with torch.autocast(x.device.type, enabled=False):
             columns = columns.float().view(B, -1, columns.shape[-1])
             if self.axis == "output":
-                y.index_add_(1, self.outlier_dims, torch.bmm(columns, row_weights.mT).view(len(rows), self.r).to(y.dtype))
+                y.index_add_(
+                    1, self.outlier_dims, torch.bmm(columns, row_weights.mT).view(len(rows), self.r).to(y.dtype)
+                )
             elif y.dtype == torch.float32:  # baddbmm takes one dtype, and outlier weights are float32
                 y.view(B, -1, self.out_features).baddbmm_(columns, row_weights.mT)
             else:
@@ -236,7 +299,14 @@ class PreQuantLinear(FrozenWeight):
     @torch.no_grad()
     def dequantize(self) -> Tensor:
         """The dense (N, K) float32 weight, outlier dimensions included."""
-        dense = ops.dequantize(self.canonical_packed(), self.weight_scale, self.weight_zero_point, self.in_features, self.bits, torch.float32)
+        dense = ops.dequantize(
+            self.canonical_packed(),
+            self.weight_scale,
+            self.weight_zero_point,
+            self.in_features,
+            self.bits,
+            torch.float32,
+        )
         return ops.scatter_outlier_(dense, self.outlier_dims, self.outlier_weight, AXES[self.axis], False)
 
     @torch.no_grad()
@@ -256,6 +326,13 @@ class PreQuantLinear(FrozenWeight):
         return linear
 
     def extra_repr(self) -> str:
-        activations = "float" if self.activation_bits is None else f"{self.activation_bits} bit per {'token' if self.per_token else 'tensor'}"
-        parts = [f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, bits={self.bits}, r={self.r}, axis={self.axis}"]
+        activations = (
+            "float"
+            if self.activation_bits is None
+            else f"{self.activation_bits} bit per {'token' if self.per_token else 'tensor'}"
+        )
+        parts = [
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, bits={self.bits}, r={self.r}, "
+            f"axis={self.axis}"
+        ]
         return f"{parts[0]}, activations={activations}"

@@ -38,11 +38,19 @@ __all__ = [
 ERROR_ROWS = 4096  # of an embedding table are dequantized at a time to measure its error
 
 
-def empty_layer(site: Site, module: Any, config: PreQuantConfig, device: torch.device | str = "meta") -> PreQuantLinear | PreQuantEmbedding:
+def empty_layer(
+    site: Site, module: Any, config: PreQuantConfig, device: torch.device | str = "meta"
+) -> PreQuantLinear | PreQuantEmbedding:
     """The quantized layer that takes the place of ``module``, its tensors not filled in."""
     if site.kind == "embedding":
         padding_idx = module.padding_idx
-        return PreQuantEmbedding(*site.shape, padding_idx=padding_idx, granularity=config.embedding_granularity, dtype=module.weight.dtype, device=device)
+        return PreQuantEmbedding(
+            *site.shape,
+            padding_idx=padding_idx,
+            granularity=config.embedding_granularity,
+            dtype=module.weight.dtype,
+            device=device,
+        )
     return PreQuantLinear(
         site.shape[1],
         site.shape[0],
@@ -58,13 +66,20 @@ def empty_layer(site: Site, module: Any, config: PreQuantConfig, device: torch.d
 
 
 def plan(model: nn.Module, config: PreQuantConfig, family: Family | None = None) -> list[PlanRow]:
-    """What ``quantize_model`` would do, one row a module. No data is touched: a model on the meta device will do. Raises as :func:`find_sites`."""
-    return [_plan_row(site, empty_layer(site, model.get_submodule(site.name), config)) for site in find_sites(model, config, family)]
+    """What ``quantize_model`` would do, one row a module. No data is touched: a model on the meta device will do.
+    Raises as :func:`find_sites`.
+    """
+    return [
+        _plan_row(site, empty_layer(site, model.get_submodule(site.name), config))
+        for site in find_sites(model, config, family)
+    ]
 
 
 def _plan_row(site: Site, layer: nn.Module) -> PlanRow:
     trainable = sum(parameter.numel() for parameter in layer.parameters() if parameter.requires_grad)
-    return PlanRow(site.name, site.kind, site.shape, site.axis, site.bits, getattr(layer, "r", 0), trainable, _bytes(layer))
+    return PlanRow(
+        site.name, site.kind, site.shape, site.axis, site.bits, getattr(layer, "r", 0), trainable, _bytes(layer)
+    )
 
 
 def _bytes(module: nn.Module) -> int:
@@ -73,22 +88,32 @@ def _bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def quantize_model(model: nn.Module, config: PreQuantConfig, *, family: Family | None = None, tuned: nn.Module | Mapping[str, Tensor] | None = None) -> Report:
-    """Quantize ``model`` in place, once for all tasks; afterwards the outlier weights (or scales) and the task head train, the rest is frozen.
+def quantize_model(
+    model: nn.Module,
+    config: PreQuantConfig,
+    *,
+    family: Family | None = None,
+    tuned: nn.Module | Mapping[str, Tensor] | None = None,
+) -> Report:
+    """Quantize ``model`` in place, once for all tasks; afterwards the outlier weights (or scales) and the task head
+    train, the rest is frozen.
 
     family  where the model reads and writes its residual stream, for a model without a row in FAMILIES
     tuned   the fine-tuned model, or its state dict: selector "ticket" ranks dimensions by how far they moved
 
-    All or nothing: whatever is refused, the model stays as it was. Memory peaks at the float model and the quantized one.
+    All or nothing: whatever is refused, the model stays as it was. Memory peaks at the float model and the quantized
+    one.
 
-    Raises ValueError as :func:`find_sites`, for a model on the meta device, and naming the parameter for weights that are not finite. Warns when most of
-    the weights that should be quantized cannot be.
+    Raises ValueError as :func:`find_sites`, for a model on the meta device, and naming the parameter for weights that
+    are not finite. Warns when most of the weights that should be quantized cannot be.
     """
     sites, uncovered = survey(model, config, family)
     modules = {site.name: model.get_submodule(site.name) for site in sites}
     on_meta = next((site.name for site in sites if modules[site.name].weight.is_meta), None)
     if on_meta is not None:
-        raise ValueError(f"{on_meta}: weight is on the meta device and holds no data: load the model first, or use plan")
+        raise ValueError(
+            f"{on_meta}: weight is on the meta device and holds no data: load the model first, or use plan"
+        )
     tuned_weights = _tuned_weights(sites, config, tuned)
 
     layers: dict[str, nn.Module] = {}
@@ -98,7 +123,14 @@ def quantize_model(model: nn.Module, config: PreQuantConfig, *, family: Family |
         layer.train(modules[site.name].training)
         layers[site.name] = layer
         bytes_before = _bytes(modules[site.name])
-        rows.append(ReportRow(**vars(_plan_row(site, layer)), bytes_before=bytes_before, l2_error=math.sqrt(error), num_outliers=num_outliers))
+        rows.append(
+            ReportRow(
+                **vars(_plan_row(site, layer)),
+                bytes_before=bytes_before,
+                l2_error=math.sqrt(error),
+                num_outliers=num_outliers,
+            )
+        )
     before = _bytes(model)
     saved = sum(row.bytes_before - row.bytes for row in rows)
     total_weights = sum(parameter.numel() for parameter in model.parameters())
@@ -120,13 +152,17 @@ def quantize_model(model: nn.Module, config: PreQuantConfig, *, family: Family |
 
 
 def _plug_in() -> Any:
-    """prequant_ext.hf: the one import that points up. The plug-in builds on this module, and without it a transformers model could not be saved."""
+    """prequant_ext.hf: the one import that points up. The plug-in builds on this module, and without it a transformers
+    model could not be saved.
+    """
     from prequant_ext import hf
 
     return hf
 
 
-def _quantize(site: Site, module: Any, config: PreQuantConfig, tuned: Tensor | None) -> tuple[PreQuantLinear | PreQuantEmbedding, float, int]:
+def _quantize(
+    site: Site, module: Any, config: PreQuantConfig, tuned: Tensor | None
+) -> tuple[PreQuantLinear | PreQuantEmbedding, float, int]:
     """The layer for a site, its squared error and its number of outliers."""
     layer = empty_layer(site, module, config)
     weight = module.weight.detach()
@@ -136,7 +172,9 @@ def _quantize(site: Site, module: Any, config: PreQuantConfig, tuned: Tensor | N
         return layer, layer.squared_error, 0
     if site.is_transposed:
         weight, tuned = weight.T, None if tuned is None else tuned.T
-    quantized = quantize_matrix(weight, config, name=site.name, axis=str(site.axis), bits=site.bits, hidden_size=site.hidden_size, tuned=tuned)
+    quantized = quantize_matrix(
+        weight, config, name=site.name, axis=str(site.axis), bits=site.bits, hidden_size=site.hidden_size, tuned=tuned
+    )
     layer.load_quantized(quantized, module.bias)
     return layer, quantized.squared_error, quantized.num_outliers
 
@@ -146,10 +184,14 @@ def _table_error(weight: Tensor, layer: PreQuantEmbedding) -> float:
     return sum((layer(rows).double() - weight[rows].double()).square().sum().item() for rows in ids.split(ERROR_ROWS))
 
 
-def _tuned_weights(sites: list[Site], config: PreQuantConfig, tuned: nn.Module | Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def _tuned_weights(
+    sites: list[Site], config: PreQuantConfig, tuned: nn.Module | Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
     """Site name -> fine-tuned weight, as the site's module stores it."""
     if (tuned is not None) != (config.selector == "ticket"):
-        wanted = "the fine-tuned model or its state dict" if tuned is None else 'selector="ticket", which alone reads it'
+        wanted = (
+            "the fine-tuned model or its state dict" if tuned is None else 'selector="ticket", which alone reads it'
+        )
         raise ValueError(f"tuned needs {wanted}, got tuned={type(tuned).__name__} and selector={config.selector!r}")
     if tuned is None:
         return {}
@@ -178,11 +220,12 @@ def progress(sites: list[Site], what: str) -> Iterable[Site]:
     return tqdm(sites, desc=what, unit="module", leave=False)
 
 
-# ---- what trains ----------------------------------------------------------------------------------------------------
+# ---- what trains -----------------------------------------------------------------------------------------------------
 
 
 def head_parameter_names(model: nn.Module) -> list[str]:
-    """Parameters of the task head: those outside a transformers model's base, and its pooler; language-model heads are none.
+    """Parameters of the task head: those outside a transformers model's base, and its pooler; language-model heads are
+    none.
 
     A bare base model has its pooler or nothing; a model of an unknown family its ``pooler``, whatever that is.
     """
@@ -194,18 +237,30 @@ def trainable_parameters(model: nn.Module, *, biases: bool = False, layer_norms:
 
     biases, layer_norms  train those of the base model, too
 
-    Raises ValueError for a model that is not quantized, where nothing would train, or where a head holds frozen parts of a quantized layer.
+    Raises ValueError for a model that is not quantized, where nothing would train, or where a head holds frozen parts
+    of a quantized layer.
     """
     _require_quantized(model)
     names = _trainable_names(model, biases, layer_norms)
     for name, module in model.named_modules():
-        frozen = {"weight_packed", "weight_zero_point", "outlier_dims", *(() if getattr(module, "train_scales", False) else ("weight_scale",))}
-        chosen = [f"{name}.{own}" for own in frozen if f"{name}.{own}" in names] if isinstance(module, FrozenWeight) else []
+        frozen = {
+            "weight_packed",
+            "weight_zero_point",
+            "outlier_dims",
+            *(() if getattr(module, "train_scales", False) else ("weight_scale",)),
+        }
+        chosen = (
+            [f"{name}.{own}" for own in frozen if f"{name}.{own}" in names] if isinstance(module, FrozenWeight) else []
+        )
         if chosen:
-            raise ValueError(f"{chosen[0]} belongs to the frozen base but also to the task head: exclude {name} with modules_to_not_convert")
+            raise ValueError(
+                f"{chosen[0]} belongs to the frozen base but also to the task head: exclude {name} with "
+                "modules_to_not_convert"
+            )
     if not names:
         raise ValueError(
-            f"nothing to train in {type(model).__name__}: it has no outlier weights (r = 0) and no task head; quantize with r > 0 or train_scales=True, "
+            f"nothing to train in {type(model).__name__}: it has no outlier weights (r = 0) and no task head; "
+            "quantize with r > 0 or train_scales=True, "
             "or load the model with a head"
         )
     _train_only(model, names)
@@ -213,7 +268,9 @@ def trainable_parameters(model: nn.Module, *, biases: bool = False, layer_norms:
 
 
 def freeze_base(model: nn.Module) -> None:
-    """What :func:`trainable_parameters` trains by default is trainable, the rest is not; a model with nothing to train is frozen whole, ready for inference."""
+    """What :func:`trainable_parameters` trains by default is trainable, the rest is not; a model with nothing to train
+    is frozen whole, ready for inference.
+    """
     _train_only(model, _trainable_names(model))
 
 
@@ -252,19 +309,26 @@ def _require_quantized(model: nn.Module) -> None:
 
 
 def require_in_memory(model: nn.Module) -> None:
-    """Raises ValueError naming a quantized layer without data: device_map has put it on disk, or on the CPU beside a GPU, and it is read at each use."""
+    """Raises ValueError naming a quantized layer without data: device_map has put it on disk, or on the CPU beside a
+    GPU, and it is read at each use.
+    """
     for name, module in model.named_modules():
         if isinstance(module, FrozenWeight) and module.weight_scale.is_meta:
-            raise ValueError(f"{name} is offloaded, which serves inference alone: load the model without offloading (device_map=None)")
+            raise ValueError(
+                f"{name} is offloaded, which serves inference alone: load the model without offloading "
+                "(device_map=None)"
+            )
 
 
-# ---- back to float --------------------------------------------------------------------------------------------------
+# ---- back to float ---------------------------------------------------------------------------------------------------
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Float layers again, in place: ``nn.Linear`` (Conv1D where it was one) and ``nn.Embedding``, holding ``dequantize()``. Returns ``model``.
+    """Float layers again, in place: ``nn.Linear`` (Conv1D where it was one) and ``nn.Embedding``, holding
+    ``dequantize()``. Returns ``model``.
 
-    Every parameter trains again, as in a freshly made model. Raises ValueError if the model is not quantized, or offloaded.
+    Every parameter trains again, as in a freshly made model. Raises ValueError if the model is not quantized, or
+    offloaded.
     """
     _require_quantized(model)
     require_in_memory(model)

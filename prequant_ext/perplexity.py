@@ -1,4 +1,6 @@
-"""Perplexity of a causal language model on a text: what quantization costs and fine-tuning gains where no task has a score."""
+"""Perplexity of a causal language model on a text: what quantization costs and fine-tuning gains where no task has a
+score.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,31 +10,42 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-DEFAULT_MAX_LENGTH = 2048  # at most: a window of all positions of a long-context model would take the memory of their square
+# at most: a window of all positions of a long-context model would take the memory of their square
+DEFAULT_MAX_LENGTH = 2048
 
 
-def perplexity(model: nn.Module, tokens: Tensor | Sequence[int], *, max_length: int | None = None, stride: int | None = None) -> float:
+def perplexity(
+    model: nn.Module, tokens: Tensor | Sequence[int], *, max_length: int | None = None, stride: int | None = None
+) -> float:
     """:func:`exp_mean` of :func:`token_losses`, whose arguments and errors it has."""
     return exp_mean(token_losses(model, tokens, max_length=max_length, stride=stride))
 
 
 def exp_mean(losses: Tensor) -> float:
-    """``exp(mean(losses))``: of negative log likelihoods, the perplexity over the tokens they are of, each counted once."""
+    """``exp(mean(losses))``: of negative log likelihoods, the perplexity over the tokens they are of, each counted
+    once.
+    """
     return losses.double().mean().exp().item()
 
 
 @torch.no_grad()
-def token_losses(model: nn.Module, tokens: Tensor | Sequence[int], *, max_length: int | None = None, stride: int | None = None) -> Tensor:
-    """``-log p(token | the tokens before it in its window)`` in nats, float32 on the CPU, for every predicted token in the order of the text.
+def token_losses(
+    model: nn.Module, tokens: Tensor | Sequence[int], *, max_length: int | None = None, stride: int | None = None
+) -> Tensor:
+    """``-log p(token | the tokens before it in its window)`` in nats, float32 on the CPU, for every predicted token in
+    the order of the text.
 
     model       a causal language model of transformers; evaluated in eval mode, and left in the mode it came in
     tokens      (n,) ids of the whole text, n >= 2
     max_length  tokens of a window (default: the model's positions, but at most 2048)
-    stride      from the begin of one window to the next (default: half a window). See :func:`windows` for which tokens a window predicts
+    stride      from the begin of one window to the next (default: half a window). See :func:`windows` for which tokens
+                a window predicts
 
-    Where activations have a range per tensor a token's loss depends on what else is in its window, later tokens included; per token it does not.
+    Where activations have a range per tensor a token's loss depends on what else is in its window, later tokens
+    included; per token it does not.
 
-    Raises ValueError for a model that is not causal, tokens that it cannot take, a window or stride out of range, and a loss that is not finite.
+    Raises ValueError for a model that is not causal, tokens that it cannot take, a window or stride out of range, and a
+    loss that is not finite.
     """
     ids = _checked_tokens(model, tokens)
     max_length, stride = window_sizes(model, max_length, stride)
@@ -44,23 +57,27 @@ def token_losses(model: nn.Module, tokens: Tensor | Sequence[int], *, max_length
         spans = list(windows(len(ids), max_length, stride))
         for begin, first, end in tqdm(spans, desc="perplexity", unit="window", disable=None, leave=False):
             logits = model(input_ids=ids[None, begin:end].to(device), use_cache=False).logits
-            predicting = logits[0, first - begin - 1 : end - begin - 1].float()  # the logits at a position are of the token after it
+            # the logits at a position are of the token after it
+            predicting = logits[0, first - begin - 1 : end - begin - 1].float()
             losses.append(cross_entropy(predicting, ids[first:end].to(device), reduction="none").cpu())
     finally:
         model.train(was_training)
     result = torch.cat(losses)
     if not result.isfinite().all():
         position = int(result.isfinite().logical_not().nonzero()[0])
-        raise ValueError(f"model gives the loss {result[position].item()} to predicted token {position}: its logits are not finite")
+        raise ValueError(
+            f"model gives the loss {result[position].item()} to predicted token {position}: its logits are not finite"
+        )
     return result
 
 
 def windows(num_tokens: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """(begin, first, end) of each window: it reads tokens begin to end - 1 and predicts those from ``first`` on.
 
-    Windows begin at 0, stride, 2 stride, ... until one reaches the end of the text. A window predicts the tokens that no earlier one has predicted,
-    except its own first, which has no context: the first token of the text, and with stride = max_length the first of every window, is predicted by
-    none. All others are predicted by exactly one, from max_length - stride tokens of context or more (from fewer in the first window).
+    Windows begin at 0, stride, 2 stride, ... until one reaches the end of the text. A window predicts the tokens that
+    no earlier one has predicted, except its own first, which has no context: the first token of the text, and with
+    stride = max_length the first of every window, is predicted by none. All others are predicted by exactly one, from
+    max_length - stride tokens of context or more (from fewer in the first window).
     """
     predicted = 0  # the tokens before this one are done with
     for begin in range(0, num_tokens, stride):
@@ -74,7 +91,9 @@ def windows(num_tokens: int, max_length: int, stride: int) -> Iterator[tuple[int
 
 
 def window_sizes(model: nn.Module, max_length: int | None = None, stride: int | None = None) -> tuple[int, int]:
-    """(max_length, stride) with the defaults filled in. Raises ValueError where they do not fit the model or each other."""
+    """(max_length, stride) with the defaults filled in. Raises ValueError where they do not fit the model or each
+    other.
+    """
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if max_length is None:
         max_length = min(positions or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
@@ -84,7 +103,10 @@ def window_sizes(model: nn.Module, max_length: int | None = None, stride: int | 
         raise ValueError(f"max_length = {max_length} exceeds the {positions} positions of {type(model).__name__}")
     stride = max_length // 2 if stride is None else stride
     if not _is_int(stride) or not 1 <= stride <= max_length:
-        raise ValueError(f"stride must be an integer from 1 to max_length = {max_length}, got {stride!r}: a longer one would leave tokens out")
+        raise ValueError(
+            f"stride must be an integer from 1 to max_length = {max_length}, got {stride!r}: a longer one would leave "
+            "tokens out"
+        )
     return max_length, stride
 
 
@@ -95,7 +117,12 @@ def _is_int(value: Any) -> bool:
 def _checked_tokens(model: nn.Module, tokens: Tensor | Sequence[int]) -> Tensor:
     config: Any = getattr(model, "config", None)
     # A bidirectional model sees the token that it is asked for: its number would be low, and mean nothing.
-    is_causal = config is not None and not config.is_encoder_decoder and getattr(config, "is_decoder", True) and "MaskedLM" not in type(model).__name__
+    is_causal = (
+        config is not None
+        and not config.is_encoder_decoder
+        and getattr(config, "is_decoder", True)
+        and "MaskedLM" not in type(model).__name__
+    )
     if not is_causal or model.get_output_embeddings() is None:  # type: ignore[operator]
         raise ValueError(f"model must be a causal language model of transformers, got {type(model).__name__}")
     ids = torch.as_tensor(tokens)
@@ -105,5 +132,8 @@ def _checked_tokens(model: nn.Module, tokens: Tensor | Sequence[int]) -> Tensor:
         raise ValueError(f"tokens must be a row of integers, got {ids.dtype} of shape {tuple(ids.shape)}")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= config.vocab_size:
-        raise ValueError(f"tokens must be ids from 0 to {config.vocab_size - 1}, got {low if low < 0 else high}: are they of another tokenizer?")
+        raise ValueError(
+            f"tokens must be ids from 0 to {config.vocab_size - 1}, got {low if low < 0 else high}: are they of "
+            "another tokenizer?"
+        )
     return ids.long().cpu()

@@ -1,4 +1,6 @@
-"""prepare_model: what a quantized model needs before it is trained. It casts nothing: layers follow their input's dtype, masters are float32 already."""
+"""prepare_model: what a quantized model needs before it is trained. It casts nothing: layers follow their input's
+dtype, masters are float32 already.
+"""
 
 import os
 import sys
@@ -24,23 +26,29 @@ def prepare_model(
     guard_nan: bool = False,
     guard_memory: bool = False,
 ) -> nn.Module:
-    """Make a quantized ``model`` ready for training, in place, and return it: the base frozen, outlier weights (or scales) and the head trained.
+    """Make a quantized ``model`` ready for training, in place, and return it: the base frozen, outlier weights (or
+    scales) and the head trained.
 
-    gradient_checkpointing  of a transformers model: blocks are run again in the backward pass instead of kept, and the cache of keys and values is off
-    use_reentrant           torch's older way to do it; the embeddings, frozen as they are, then have an output with a gradient, which it needs
-    sharded                 for FSDP2, before ``fully_shard``: packed codes stay in the layout of the files, whose rows can be cut and filled anywhere
+    gradient_checkpointing  of a transformers model: blocks are run again in the backward pass instead of kept, and the
+                            cache of keys and values is off
+    use_reentrant           torch's older way to do it; the embeddings, frozen as they are, then have an output with a
+                            gradient, which it needs
+    sharded                 for FSDP2, before ``fully_shard``: packed codes stay in the layout of the files, whose rows
+                            can be cut and filled anywhere
     biases, layer_norms     train those of the base, too, as in :func:`trainable_parameters`
     guard_nan, guard_memory install :func:`nan_guard` and :func:`memory_guard` for good
 
-    Raises ValueError where the model is not quantized, has nothing to train, is offloaded, cannot be checkpointed, or where FSDP1 or DeepSpeed's ZeRO-3
-    is about to take it.
+    Raises ValueError where the model is not quantized, has nothing to train, is offloaded, cannot be checkpointed, or
+    where FSDP1 or DeepSpeed's ZeRO-3 is about to take it.
     """
     check_strategy()
     require_in_memory(model)
     if use_reentrant and not gradient_checkpointing:
         raise ValueError("use_reentrant=True is a way of gradient checkpointing and needs gradient_checkpointing=True")
     if gradient_checkpointing and not (is_pretrained_model(model) and model.supports_gradient_checkpointing):
-        raise ValueError(f"gradient_checkpointing=True needs a transformers model that supports it, got {type(model).__name__}")
+        raise ValueError(
+            f"gradient_checkpointing=True needs a transformers model that supports it, got {type(model).__name__}"
+        )
     trainable_parameters(model, biases=biases, layer_norms=layer_norms)
     if gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": use_reentrant})  # type: ignore[operator]
@@ -57,27 +65,34 @@ def prepare_model(
     return model
 
 
-# ---- strategies of distributed training, refused as early as they can be seen ------------------------------------------
+# ---- strategies of distributed training, refused as early as they can be seen ----------------------------------------
 
 
 def check_strategy() -> None:
-    """Raises ValueError where accelerate, its launcher or transformers is set to a strategy that cannot train a quantized model, with the reason."""
+    """Raises ValueError where accelerate, its launcher or transformers is set to a strategy that cannot train a
+    quantized model, with the reason.
+    """
     state = _accelerate_state()
     plugin = getattr(state, "fsdp_plugin", None)
-    if getattr(plugin, "fsdp_version", None) == 1 or (_is_launched_with("FSDP") and os.environ.get("FSDP_VERSION") == "1"):
+    if getattr(plugin, "fsdp_version", None) == 1 or (
+        _is_launched_with("FSDP") and os.environ.get("FSDP_VERSION") == "1"
+    ):
         raise ValueError(
-            "FSDP1 flattens the parameters of a block into one tensor of floats, which the uint8 codes and int64 indices of quantized layers cannot join: "
+            "FSDP1 flattens the parameters of a block into one tensor of floats, which the uint8 codes and int64 "
+            "indices of quantized layers cannot join: "
             "use DDP, or FSDP2 (fsdp_version 2)"
         )
     param_dtype = getattr(getattr(plugin, "mixed_precision_policy", None), "param_dtype", None)
     if param_dtype not in (None, torch.float32):
         raise ValueError(
-            f"FSDP2 with mixed precision gathers every float parameter in {param_dtype}, but scales and outlier weights are float32: leave mixed precision off "
+            f"FSDP2 with mixed precision gathers every float parameter in {param_dtype}, but scales and outlier "
+            "weights are float32: leave mixed precision off "
             "and load the model in that dtype, which its layers follow"
         )
     if _is_zero3(state):
         raise ValueError(
-            "DeepSpeed's ZeRO-3 partitions every parameter, frozen ones too, and leaves it an empty tensor between uses, but a quantized layer tells the "
+            "DeepSpeed's ZeRO-3 partitions every parameter, frozen ones too, and leaves it an empty tensor between "
+            "uses, but a quantized layer tells the "
             "layout of its codes by their shape: use ZeRO-1, ZeRO-2, DDP or FSDP2"
         )
 

@@ -1,9 +1,11 @@
 """weight -> codes, scale, zero_point and outlier weights.  PreQuant, Eq. 1, 2 and Section 4.2.
 
-    step  scale = alpha / 2^bits        code  q = clip(rint(w / scale) + zero_point, 0, 2^bits - 1)        value  (q - zero_point) * scale
+    step  scale = alpha / 2^bits        code  q = clip(rint(w / scale) + zero_point, 0, 2^bits - 1)        value  (q -
+          zero_point) * scale
 
-A strategy chooses alpha and zero_point for each block of weights (the tensor, a row, a group of a row). Statistics and outlier counts are of the full
-pre-trained matrix, so that codes do not depend on r but for the zeroed outlier dimensions. A scale is float64 until it is rounded, once, to float32.
+A strategy chooses alpha and zero_point for each block of weights (the tensor, a row, a group of a row). Statistics and
+outlier counts are of the full pre-trained matrix, so that codes do not depend on r but for the zeroed outlier
+dimensions. A scale is float64 until it is rounded, once, to float32.
 """
 
 from collections.abc import Callable
@@ -15,7 +17,16 @@ from torch import Tensor
 
 from prequant_ext import ops
 from prequant_ext.config import PreQuantConfig
-from prequant_ext.outliers import AXES, Matrix, check_r, dequantized_rows, ordered_sum, row_chunks, select_outliers, threshold_sigmas
+from prequant_ext.outliers import (
+    AXES,
+    Matrix,
+    check_r,
+    dequantized_rows,
+    ordered_sum,
+    row_chunks,
+    select_outliers,
+    threshold_sigmas,
+)
 
 MIN_SCALE = 2.0**-126  # the smallest normal float32: kernels may flush what is below
 SIGMAS = 6.0  # alpha of the sigma strategies, Section 4.2
@@ -37,24 +48,30 @@ class Steps(NamedTuple):
     zero_point: Tensor
 
 
-# ---- strategies (Section 4.2, Table 3) ----------------------------------------------------------------------------------
+# ---- strategies (Section 4.2, Table 3) -------------------------------------------------------------------------------
 
 
 def _steps_of_range(low: Tensor, high: Tensor, bits: int) -> Steps:
-    """The range [low, high] with zero_point = rint(-low / scale), stretched to hold 0: clipping the zero point of a range without 0 would destroy its block."""
+    """The range [low, high] with zero_point = rint(-low / scale), stretched to hold 0: clipping the zero point of a
+    range without 0 would destroy its block.
+    """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     scale = ((high - low) / 2**bits).clamp(min=MIN_SCALE)
     return Steps(scale, (-low / scale).round().clamp(0, 2**bits - 1))
 
 
 def _centred(mean: Tensor, alpha: Tensor, bits: int) -> Steps:
-    """The range mean ± alpha / 2 with zero_point = rint(2^(bits - 1) - mean / scale), stretched where 0 lies outside."""
+    """The range mean ± alpha / 2 with zero_point = rint(2^(bits - 1) - mean / scale),
+    stretched where 0 lies outside.
+    """
     low, high = mean - alpha / 2, mean + alpha / 2
     is_outside = (low > 0) | (high < 0)
     stretched = _steps_of_range(low, high, bits)
     scale = (alpha / 2**bits).clamp(min=MIN_SCALE)
     zero_point = (2 ** (bits - 1) - mean / scale).round().clamp(0, 2**bits - 1)
-    return Steps(torch.where(is_outside, stretched.scale, scale), torch.where(is_outside, stretched.zero_point, zero_point))
+    return Steps(
+        torch.where(is_outside, stretched.scale, scale), torch.where(is_outside, stretched.zero_point, zero_point)
+    )
 
 
 def _six_sigma(weight: Tensor, stats: BlockStats, bits: int) -> Steps:
@@ -65,10 +82,11 @@ def _full_range(weight: Tensor, stats: BlockStats, bits: int) -> Steps:
     return _steps_of_range(stats.low, stats.high, bits)
 
 
-# ---- the strategy mse: rank many clip points on a histogram, measure the best few exactly ------------------------------------
+# ---- the strategy mse: rank many clip points on a histogram, measure the best few exactly ----------------------------
 
 BINS = 2**16  # of the histogram; no bin is wider than 1/16 of the smallest step searched (8 bits, alpha = 2 sigma)
-BIN_SIGMAS = 16.0  # the bins span mean ± 16 sigma; the weights beyond, at most one in 256 (Chebyshev), are kept one by one
+# the bins span mean ± 16 sigma; the weights beyond, at most one in 256 (Chebyshev), are kept one by one
+BIN_SIGMAS = 16.0
 CLIP_POINTS = 4096  # first ranking, in equal ratios from 2 sigma to the full range
 ZOOMED = 64  # clip points whose neighbourhood is searched again, twice,
 ZOOM = 16  # each time this many times finer
@@ -81,13 +99,16 @@ class _Histogram(NamedTuple):
 
 
 def _histogram(weight: Tensor, mean: float, std: float) -> _Histogram:
-    """Weights as at most BINS + N * K / 256 weighted points, in the CPU's memory. Integer counts: the same on every device."""
+    """Weights as at most BINS + N * K / 256 weighted points, in the CPU's memory. Integer counts: the same on every
+    device.
+    """
     if weight.numel() <= BINS:
         points = weight.double().flatten().cpu()
         counts = torch.ones_like(points)
     else:
         bins = torch.zeros(BINS, dtype=torch.int64, device=weight.device)
-        tail = torch.empty(weight.numel() // 256 + 1, dtype=torch.float64, device=weight.device)  # filled in place: small pieces would fragment the heap
+        # filled in place: small pieces would fragment the heap
+        tail = torch.empty(weight.numel() // 256 + 1, dtype=torch.float64, device=weight.device)
         filled = 0
         for begin, end in row_chunks(*weight.shape):
             values = weight[begin:end].double().flatten()
@@ -110,7 +131,9 @@ def _histogram(weight: Tensor, mean: float, std: float) -> _Histogram:
 
 
 def _estimated_errors(histogram: _Histogram, steps: Steps, bits: int) -> Tensor:
-    """Squared error of each of C steps, (C,). The points between two rounding edges share a code, so a few look-ups a code replace a pass over the weights."""
+    """Squared error of each of C steps, (C,). The points between two rounding edges share a code, so a few look-ups a
+    code replace a pass over the weights.
+    """
     errors = []
     for scale, zero_point in zip(steps.scale.split(2**16 >> bits), steps.zero_point.split(2**16 >> bits), strict=True):
         values = (torch.arange(2**bits, dtype=torch.float64) - zero_point[:, None]) * scale[:, None]
@@ -122,7 +145,9 @@ def _estimated_errors(histogram: _Histogram, steps: Steps, bits: int) -> Tensor:
 
 
 def _least_error(weight: Tensor, stats: BlockStats, bits: int) -> Steps:
-    """The (alpha, zero_point) of least ``sum (w' - w)^2`` among clip points from 2 sigma to the full range, and min_max's own pair."""
+    """The (alpha, zero_point) of least ``sum (w' - w)^2`` among clip points from 2 sigma to the full range, and
+    min_max's own pair.
+    """
     full_range = _full_range(weight, stats, bits)
     mean, std, low, high = (statistic.item() for statistic in stats)
     if low == high:
@@ -133,14 +158,25 @@ def _least_error(weight: Tensor, stats: BlockStats, bits: int) -> Steps:
 
     def rank(alpha: Tensor) -> tuple[Tensor, Tensor]:
         alpha = alpha.clamp(narrowest, widest)
-        errors, order = _estimated_errors(histogram, _centred(torch.full_like(alpha, mean), alpha, bits), bits).sort(stable=True)
+        errors, order = _estimated_errors(histogram, _centred(torch.full_like(alpha, mean), alpha, bits), bits).sort(
+            stable=True
+        )
         return alpha[order], errors
 
-    # The error jumps where the zero point steps to its next integer, at scale = mean / (j + 1/2): the best clip point may lie just beside a jump.
+    # The error jumps where the zero point steps to its next integer, at scale = mean / (j + 1/2): the best clip point
+    # may lie just beside a jump.
     jumps = 2**bits * abs(mean) / (torch.arange(2 ** (bits - 1), dtype=torch.float64) + 0.5)
     jumps = jumps[(jumps > narrowest) & (jumps < widest)]
     ratio = (widest / narrowest) ** (1 / (CLIP_POINTS - 1))
-    alpha, errors = rank(torch.cat([narrowest * ratio ** torch.arange(CLIP_POINTS, dtype=torch.float64), jumps * (1 - 1e-9), jumps * (1 + 1e-9)]))
+    alpha, errors = rank(
+        torch.cat(
+            [
+                narrowest * ratio ** torch.arange(CLIP_POINTS, dtype=torch.float64),
+                jumps * (1 - 1e-9),
+                jumps * (1 + 1e-9),
+            ]
+        )
+    )
     for _ in range(2):
         neighbours = (torch.arange(-ZOOM, ZOOM + 1, dtype=torch.float64) / ZOOM)[None, :]
         finer, finer_errors = rank((alpha[:ZOOMED, None] * ratio**neighbours).flatten())
@@ -152,7 +188,9 @@ def _least_error(weight: Tensor, stats: BlockStats, bits: int) -> Steps:
     finalists = [full_range]
     for scale, zero_point in zip(ranked.scale[: 4 * FINALISTS], ranked.zero_point[: 4 * FINALISTS], strict=True):
         steps = Steps(scale.view(1, 1).to(weight.device), zero_point.view(1, 1).to(weight.device))
-        if all(steps.scale.float() != other.scale.float() or steps.zero_point != other.zero_point for other in finalists):
+        if all(
+            steps.scale.float() != other.scale.float() or steps.zero_point != other.zero_point for other in finalists
+        ):
             finalists.append(steps)
     return min(finalists[: FINALISTS + 1], key=lambda steps: _exact_error(weight, steps, bits))
 
@@ -166,7 +204,9 @@ def _exact_error(weight: Tensor, steps: Steps, bits: int) -> float:
 
 
 class Strategy(NamedTuple):
-    """A granularity ("tensor", "row" or "group") and the rule that chooses the steps of its blocks: (weight, statistics of the blocks, bits) -> Steps."""
+    """A granularity ("tensor", "row" or "group") and the rule that chooses the steps of its blocks: (weight, statistics
+    of the blocks, bits) -> Steps.
+    """
 
     granularity: str
     choose: Callable[[Tensor, BlockStats, int], Steps]
@@ -182,7 +222,7 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
-# ---- a matrix -----------------------------------------------------------------------------------------------------------
+# ---- a matrix --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -191,7 +231,8 @@ class QuantizedMatrix:
 
     weight_packed      uint8 (N, B), canonical; codes of outlier dimensions are weight_zero_point
     weight_scale       float32 (1, 1), (N, 1) or (N, G)      weight_zero_point  uint8, the same shape
-    outlier_dims       int64 (r,), ascending                 outlier_weight     float32 (N, r) for axis "input", (r, K) for "output"
+    outlier_dims       int64 (r,), ascending                 outlier_weight     float32 (N, r) for axis "input", (r, K)
+                       for "output"
     squared_error      sum of (w' - w)^2, outlier dimensions taken from outlier_weight
     num_outliers       weights with |w - mean| > k * sigma in the full matrix
     """
@@ -206,15 +247,21 @@ class QuantizedMatrix:
 
 
 def scale_shape(config: PreQuantConfig, N: int, K: int, hidden_size: int | None = None) -> tuple[int, int]:
-    """(rows, G) of a weight's scales: (1, 1) per tensor, (N, 1) per row, (N, K / group_size) per group; PreQuant-alpha: (N, K / hidden_size).
+    """(rows, G) of a weight's scales: (1, 1) per tensor, (N, 1) per row, (N, K / group_size) per group; PreQuant-alpha:
+    (N, K / hidden_size).
 
     Raises ValueError naming group_size or hidden_size, and K, where the one does not divide the other.
     """
     if config.train_scales:
         if hidden_size is None:
-            raise ValueError("train_scales=True (PreQuant-alpha) has one scale for each hidden_size weights of a row and needs hidden_size, got None")
+            raise ValueError(
+                "train_scales=True (PreQuant-alpha) has one scale for each hidden_size weights of a row and needs "
+                "hidden_size, got None"
+            )
         if hidden_size <= 0 or K % hidden_size:
-            raise ValueError(f"train_scales=True needs a hidden_size that divides K, got hidden_size = {hidden_size} and K = {K}")
+            raise ValueError(
+                f"train_scales=True needs a hidden_size that divides K, got hidden_size = {hidden_size} and K = {K}"
+            )
         return N, K // hidden_size
     granularity = STRATEGIES[config.strategy].granularity
     if granularity == "group" and K % config.group:
@@ -241,8 +288,9 @@ def quantize_matrix(
     hidden_size  of the model, for train_scales
     tuned        the fine-tuned weight (N, K), for selector "ticket"
 
-    Raises ValueError naming the parameter: not a matrix, NaN or Inf, a scale or a value beyond float32, K not a multiple of the group, r beyond the sliced
-    axis, a density threshold at or above the peak, no ``tuned`` for "ticket".
+    Raises ValueError naming the parameter: not a matrix, NaN or Inf, a scale or a value beyond float32, K not a
+    multiple of the group, r beyond the sliced axis, a density threshold at or above the peak, no ``tuned`` for
+    "ticket".
     """
     if axis not in AXES:
         raise ValueError(f"{name}: axis must be input or output, got {axis!r}")
@@ -259,7 +307,8 @@ def quantize_matrix(
     if not (whole.low.isfinite() & whole.high.isfinite()):
         raise ValueError(f"{name}: weight must be finite, but it holds NaN or Inf")
     scale, zero_point = _chosen_steps(weight, whole, config, bits, name)
-    scale, zero_point = scale.expand(shape).contiguous(), zero_point.expand(shape).contiguous()  # PreQuant-alpha starts every scale from the tensor's
+    # PreQuant-alpha starts every scale from the tensor's
+    scale, zero_point = scale.expand(shape).contiguous(), zero_point.expand(shape).contiguous()
 
     sigmas = threshold_sigmas(config.outlier_threshold, whole.std.item(), name)
     column_counts, column_energy, row_counts, row_energy = ops.outlier_counts(weight, whole.mean, whole.std, sigmas)
@@ -273,13 +322,17 @@ def quantize_matrix(
     squared_error = _squared_error(weight, weight_packed, scale, zero_point, bits, dims, outlier_weight, axis)
     if not torch.tensor(squared_error).isfinite():
         raise ValueError(f"{name}: weight is too large: its dequantized values do not fit float32")
-    return QuantizedMatrix(weight_packed, scale, zero_point, dims, outlier_weight, squared_error, int(column_counts.sum()))
+    return QuantizedMatrix(
+        weight_packed, scale, zero_point, dims, outlier_weight, squared_error, int(column_counts.sum())
+    )
 
 
 def quantize_table(weight: Tensor, config: PreQuantConfig, *, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """8-bit min-max codes of an embedding table (V, D), a range for each row or one for all: the formula of quantize_activations.
+    """8-bit min-max codes of an embedding table (V, D), a range for each row or one for all: the formula of
+    quantize_activations.
 
-    Returns codes uint8 (V, D), scale float32 and zero_point uint8, (V, 1) or (1, 1). Raises ValueError naming the parameter: not a matrix, NaN or Inf.
+    Returns codes uint8 (V, D), scale float32 and zero_point uint8, (V, 1) or (1, 1). Raises ValueError naming the
+    parameter: not a matrix, NaN or Inf.
     """
     weight = _checked_matrix(weight, name)
     codes, scale, zero_point, _ = ops.quantize_activations(weight, config.embedding_granularity == "row", 0)
@@ -290,13 +343,17 @@ def quantize_table(weight: Tensor, config: PreQuantConfig, *, name: str) -> tupl
 
 def _checked_matrix(weight: Tensor, name: str) -> Tensor:
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"{name}: weight must be float32, float16 or bfloat16, got {str(weight.dtype).removeprefix('torch.')}")
+        raise ValueError(
+            f"{name}: weight must be float32, float16 or bfloat16, got {str(weight.dtype).removeprefix('torch.')}"
+        )
     if weight.dim() != 2 or not weight.numel():
         raise ValueError(f"{name}: weight must be a non-empty matrix (N, K), got shape {tuple(weight.shape)}")
     return weight.detach().contiguous()
 
 
-def _chosen_steps(weight: Tensor, whole: BlockStats, config: PreQuantConfig, bits: int, name: str) -> tuple[Tensor, Tensor]:
+def _chosen_steps(
+    weight: Tensor, whole: BlockStats, config: PreQuantConfig, bits: int, name: str
+) -> tuple[Tensor, Tensor]:
     """scale float32 and zero_point uint8 of the strategy's blocks."""
     strategy = STRATEGIES[config.strategy]
     N, K = weight.shape
@@ -306,15 +363,24 @@ def _chosen_steps(weight: Tensor, whole: BlockStats, config: PreQuantConfig, bit
 
     # A block of one value c round-trips exactly: scale |c| and code 1, or -1 for a negative c.
     value, is_constant = stats.low, stats.low == stats.high
-    scale = torch.where(is_constant, torch.where(value == 0, 1.0, value.abs().clamp(min=MIN_SCALE)), steps.scale).float()
+    scale = torch.where(
+        is_constant, torch.where(value == 0, 1.0, value.abs().clamp(min=MIN_SCALE)), steps.scale
+    ).float()
     zero_point = torch.where(is_constant, (value < 0).double(), steps.zero_point).to(torch.uint8)
     if not scale.isfinite().all():
-        raise ValueError(f"{name}: weight is too large for {bits} bits with strategy {config.strategy!r}: a scale does not fit float32")
+        raise ValueError(
+            f"{name}: weight is too large for {bits} bits with strategy {config.strategy!r}: a scale does not fit "
+            "float32"
+        )
     return scale, zero_point
 
 
-def _requantized(slices: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dims: Tensor, axis: str, K: int) -> Tensor:
-    """What the codes of outlier dimensions would have given, had they not been zeroed. slices (N, r) or (r, K), float32."""
+def _requantized(
+    slices: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dims: Tensor, axis: str, K: int
+) -> Tensor:
+    """What the codes of outlier dimensions would have given, had they not been zeroed. slices (N, r) or (r, K),
+    float32.
+    """
     if axis == "output" and len(scale) > 1:
         scale, zero_point = scale[dims], zero_point[dims]
     if axis == "input" and scale.shape[1] > 1:  # each column brings the scale of its group: r groups of one column
@@ -335,7 +401,9 @@ def _squared_error(
     outlier_weight: Tensor | None = None,
     axis: str = "input",
 ) -> float:
-    """``sum (w' - w)^2`` in float64, in one order on every device; outlier dimensions, where given, are taken from outlier_weight."""
+    """``sum (w' - w)^2`` in float64, in one order on every device; outlier dimensions, where given, are taken from
+    outlier_weight.
+    """
     total = 0.0
     for begin, end, values in dequantized_rows(weight_packed, scale, zero_point, weight.shape[1], bits):
         if outlier_dims is not None and outlier_weight is not None:

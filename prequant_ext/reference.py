@@ -27,13 +27,14 @@ def container_bits(bits: int) -> int:
     return 2 if bits == 2 else 4 if bits <= 4 else 8
 
 
-# ---- statistics and outliers (Eq. 3, Section 4.3) ------------------------------------------------------------------
+# ---- statistics and outliers (Eq. 3, Section 4.3) --------------------------------------------------------------------
 
 
 def _ordered_sum(tiles: Tensor) -> Tensor:
     """Sum the last dimension of (..., n) float64 in the one order that every device follows.
 
-    Lane l adds its elements l, l + 32, l + 64, ... in turn; then the upper half of the lanes is added to the lower half until one is left.
+    Lane l adds its elements l, l + 32, l + 64, ... in turn; then the upper half of the lanes is added to the lower half
+    until one is left.
     """
     rows = tiles.unflatten(-1, (-1, LANES))
     lanes = torch.zeros_like(rows[..., 0, :])
@@ -48,9 +49,9 @@ def _ordered_sum(tiles: Tensor) -> Tensor:
 def weight_stats(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean, population standard deviation, minimum and maximum of each block of ``block_size`` consecutive weights.
 
-    A block is the whole tensor (N * K), a row (K) or a group of a row; the results are float64 in the shape of the scales of that granularity.
-    Sums run in float64 over tiles of 4096 elements, two passes a tile, and tiles are merged (Chan et al.) in index order.
-    NaN and Inf come out as a non-finite minimum or maximum.
+    A block is the whole tensor (N * K), a row (K) or a group of a row; the results are float64 in the shape of the
+    scales of that granularity. Sums run in float64 over tiles of 4096 elements, two passes a tile, and tiles are merged
+    (Chan et al.) in index order. NaN and Inf come out as a non-finite minimum or maximum.
     """
     N, K = weight.shape
     shape = (1, 1) if block_size == N * K else (N, K // block_size)
@@ -68,15 +69,20 @@ def weight_stats(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tenso
         squares = squares + (tile_squares + delta * delta * (count * (size / total)))
         count = total
     # One by one: torch's float64 sqrt on a CPU may be a vector library's, one ulp off.
-    std = torch.tensor([math.sqrt(variance) for variance in (squares / count).tolist()], dtype=torch.float64, device=weight.device)
+    std = torch.tensor(
+        [math.sqrt(variance) for variance in (squares / count).tolist()], dtype=torch.float64, device=weight.device
+    )
     return mean.view(shape), std.view(shape), blocks.amin(1).view(shape), blocks.amax(1).view(shape)
 
 
-def outlier_counts(weight: Tensor, mean: Tensor, std: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def outlier_counts(
+    weight: Tensor, mean: Tensor, std: Tensor, threshold: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Outliers ``|w - mean| > threshold * std`` and their clipping energy, for each column and for each row.
 
-    ``mean`` and ``std`` are (1, 1) float64, of the whole matrix. Returns int64 (column_counts, column_energy, row_counts, row_energy);
-    energy is the sum of ``(|w - mean| - threshold * std)^2`` in units of ``std^2 / 2^20``, rounded for each element, saturating. No outliers where std is 0.
+    ``mean`` and ``std`` are (1, 1) float64, of the whole matrix. Returns int64 (column_counts, column_energy,
+    row_counts, row_energy); energy is the sum of ``(|w - mean| - threshold * std)^2`` in units of ``std^2 / 2^20``,
+    rounded for each element, saturating. No outliers where std is 0.
     """
     deviation = (weight.double() - mean).abs()
     limit = threshold * std
@@ -84,10 +90,13 @@ def outlier_counts(weight: Tensor, mean: Tensor, std: Tensor, threshold: float) 
     excess = torch.where(is_outlier, (deviation - limit) / std, 0.0)
     units = (excess * excess * ENERGY_UNITS).round()
     top = torch.iinfo(torch.int64).max
-    energy = torch.where(units >= 2.0**63, top, units.clamp(max=2.0**62).long() + (units - units.clamp(max=2.0**62)).long())
+    energy = torch.where(
+        units >= 2.0**63, top, units.clamp(max=2.0**62).long() + (units - units.clamp(max=2.0**62)).long()
+    )
 
     def saturating_sum(dim: int) -> Tensor:
-        wrapped, exact = energy.sum(dim), energy.double().sum(dim)  # exact enough to see an overflow: that is a factor of two away
+        # exact enough to see an overflow: that is a factor of two away
+        wrapped, exact = energy.sum(dim), energy.double().sum(dim)
         return torch.where((wrapped < 0) | (exact >= 2.0**63), top, wrapped)
 
     return is_outlier.sum(0), saturating_sum(0), is_outlier.sum(1), saturating_sum(1)
@@ -100,7 +109,7 @@ def select_outlier_dims(counts: Tensor, energy: Tensor, r: int) -> Tensor:
     return by_count[:r].sort().values
 
 
-# ---- codes and storage (Eq. 1, 2) ----------------------------------------------------------------------------------
+# ---- codes and storage (Eq. 1, 2) ------------------------------------------------------------------------------------
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -121,13 +130,16 @@ def unpack(weight_packed: Tensor, K: int, bits: int) -> Tensor:
 
 
 def prepack(weight_packed: Tensor, K: int, bits: int) -> Tensor:
-    """Canonical storage -> the CPU kernels' panels, (ceil(N / 16), words + 1, 64) uint8: 32-bit words of 16 rows side by side.
+    """Canonical storage -> the CPU kernels' panels, (ceil(N / 16), words + 1, 64) uint8: 32-bit words of 16 rows side
+    by side.
 
-    Word w of a row holds its codes from ``P w`` on, ``P = 32 / container``: code ``P w + 4 i + j`` in byte j at bit ``container * i``. After the last word
-    stand 16 int32, the sums of the rows' codes. Missing rows and codes are 0.
+    Word w of a row holds its codes from ``P w`` on, ``P = 32 / container``: code ``P w + 4 i + j`` in byte j at bit
+    ``container * i``. After the last word stand 16 int32, the sums of the rows' codes. Missing rows and codes are 0.
     """
     container = container_bits(bits)
-    codes = torch.nn.functional.pad(unpack(weight_packed, K, bits), (0, -K % (32 // container), 0, -len(weight_packed) % 16)).int()
+    codes = torch.nn.functional.pad(
+        unpack(weight_packed, K, bits), (0, -K % (32 // container), 0, -len(weight_packed) % 16)
+    ).int()
     shifts = torch.arange(0, 8, container, device=codes.device, dtype=torch.int32)
     words = (codes.view(len(codes), -1, 8 // container, 4) << shifts[:, None]).sum(2).to(torch.uint8)
     sums = codes.sum(1, dtype=torch.int32).view(torch.uint8).view(-1, 1, 4)
@@ -144,10 +156,11 @@ def unprepack(prepacked: Tensor, N: int, K: int, bits: int) -> Tensor:
 
 
 def tensor_core_chunks(weight_packed: Tensor, K: int, bits: int) -> Tensor:
-    """Canonical storage -> the CUDA kernels' chunks, (ceil(N / 16), ceil(K / 64), 128 * container) uint8: 16 rows x 64 columns, lane by lane.
+    """Canonical storage -> the CUDA kernels' chunks, (ceil(N / 16), ceil(K / 64), 128 * container) uint8: 16 rows x 64
+    columns, lane by lane.
 
-    Lane 4 g + t holds 32 codes, from the lowest bits up. Code ``i = 8 j + 4 s + 2 kk + nn`` is that of row ``g + 8 nn`` and column
-    ``16 j + 8 kk + 2 t + s``; missing rows and columns are 0.
+    Lane 4 g + t holds 32 codes, from the lowest bits up. Code ``i = 8 j + 4 s + 2 kk + nn`` is that of row ``g + 8 nn``
+    and column ``16 j + 8 kk + 2 t + s``; missing rows and columns are 0.
     """
     N = len(weight_packed)
     codes = torch.nn.functional.pad(unpack(weight_packed, K, bits), (0, -K % 64, 0, -N % 16))
@@ -170,8 +183,12 @@ def _spread(blocks: Tensor, N: int, K: int) -> Tensor:
     return blocks.repeat_interleave(K // blocks.shape[1], dim=1).expand(N, K)
 
 
-def quantize_pack(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, outlier_dims: Tensor, axis: int) -> Tensor:
-    """``q = clip(rint(w / scale) + zero_point, 0, 2^bits - 1)`` (Eq. 1, 2), packed; codes of outlier dimensions are zero_point, hence worth exactly 0."""
+def quantize_pack(
+    weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, outlier_dims: Tensor, axis: int
+) -> Tensor:
+    """``q = clip(rint(w / scale) + zero_point, 0, 2^bits - 1)`` (Eq. 1, 2), packed; codes of outlier dimensions are
+    zero_point, hence worth exactly 0.
+    """
     N, K = weight.shape
     zero = _spread(zero_point, N, K)
     codes = ((weight.float() / _spread(scale, N, K)).round() + zero).clamp(0, 2**bits - 1).to(torch.uint8)
@@ -188,31 +205,47 @@ def _signed_codes(weight_packed: Tensor, zero_point: Tensor, K: int, bits: int) 
 
 
 def dequantize(
-    weight_packed: Tensor, scale: Tensor, zero_point: Tensor, K: int, bits: int, dtype: torch.dtype, row_begin: int = 0, row_end: int | None = None
+    weight_packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    K: int,
+    bits: int,
+    dtype: torch.dtype,
+    row_begin: int = 0,
+    row_end: int | None = None,
 ) -> Tensor:
-    """``(q - zero_point) * scale`` in float32, then cast to ``dtype``: rows ``row_begin`` up to ``row_end`` of (N, K)."""
+    """``(q - zero_point) * scale`` in float32, then cast to ``dtype``:
+    rows ``row_begin`` up to ``row_end`` of (N, K).
+    """
     values = _signed_codes(weight_packed, zero_point, K, bits).float() * _spread(scale, len(weight_packed), K)
     return values[row_begin:row_end].to(dtype)
 
 
-def scatter_outlier_(dense: Tensor, outlier_dims: Tensor, outlier_weight: Tensor, axis: int, accumulate: bool) -> Tensor:
-    """Write (or add) ``outlier_weight`` into the outlier columns (axis 1) or rows (axis 0) of ``dense`` (N, K), in place."""
+def scatter_outlier_(
+    dense: Tensor, outlier_dims: Tensor, outlier_weight: Tensor, axis: int, accumulate: bool
+) -> Tensor:
+    """Write (or add) ``outlier_weight`` into the outlier columns (axis 1) or rows (axis 0) of ``dense`` (N, K), in
+    place.
+    """
     values = outlier_weight.to(dense.dtype)
     if accumulate:
         return dense.index_add_(axis, outlier_dims, values)
     return dense.index_copy_(axis, outlier_dims, values)
 
 
-# ---- activations and embeddings (Section 4 of the paper; the 8-bit formula is exact, in float32 without contraction) ------------------------
+# ---- activations and embeddings (Section 4 of the paper; the 8-bit formula is exact, in float32 without contraction) -
 
 
-def quantize_activations(x: Tensor, per_token: bool, group_size: int, excluded_dims: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_activations(
+    x: Tensor, per_token: bool, group_size: int, excluded_dims: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """8-bit min-max codes of ``x`` (M, K), one range a row (``per_token``) or one for all.
 
-        lo = min(min x, 0), hi = max(max x, 0), scale = hi/256 - lo/256, z = clip(rint(-lo * (1/scale)), 0, 255), q = clip(rint(x * (1/scale)) + z, 0, 255)
+        lo = min(min x, 0), hi = max(max x, 0), scale = hi/256 - lo/256, z = clip(rint(-lo * (1/scale)), 0, 255), q =
+        clip(rint(x * (1/scale)) + z, 0, 255)
 
-    Returns codes (M, K) uint8, scale float32 and zero_point uint8 ((M, 1) or (1, 1)), sums (M, G) int32 of the codes of each group (``group_size`` 0:
-    one group).
+    Returns codes (M, K) uint8, scale float32 and zero_point uint8 ((M, 1) or (1, 1)), sums (M, G) int32 of the codes of
+    each group (``group_size`` 0: one group).
     A step below 2^-126 counts as all zero (scale 1, z 0); NaN or Inf gives scale NaN, z 0 and codes 0.
     ``excluded_dims``: columns left out of the range; their codes are z.
     """
@@ -222,9 +255,13 @@ def quantize_activations(x: Tensor, per_token: bool, group_size: int, excluded_d
     if excluded_dims is not None:
         ranged = values.index_fill(1, excluded_dims, 0.0)  # 0 is inside every range
     if per_token:
-        low, high = (ranged.amin(1, keepdim=True), ranged.amax(1, keepdim=True)) if K else (x.new_zeros(M, 1).float(),) * 2
+        low, high = (
+            (ranged.amin(1, keepdim=True), ranged.amax(1, keepdim=True)) if K else (x.new_zeros(M, 1).float(),) * 2
+        )
     else:
-        low, high = (ranged.amin().view(1, 1), ranged.amax().view(1, 1)) if x.numel() else (x.new_zeros(1, 1).float(),) * 2
+        low, high = (
+            (ranged.amin().view(1, 1), ranged.amax().view(1, 1)) if x.numel() else (x.new_zeros(1, 1).float(),) * 2
+        )
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     scale = high / 256 - low / 256
     finite = torch.isfinite(low) & torch.isfinite(high)
@@ -235,11 +272,17 @@ def quantize_activations(x: Tensor, per_token: bool, group_size: int, excluded_d
     scale = torch.where(finite, torch.where(tiny, 1.0, scale), float("nan"))
     codes = torch.where(finite, codes, 0.0).to(torch.uint8)
     zero_point = torch.where(finite, zero_point, 0.0).to(torch.uint8)
-    sums = codes.unflatten(1, (-1, group_size or K)).sum(-1, dtype=torch.int32) if K else codes.new_zeros(M, 1, dtype=torch.int32)
+    sums = (
+        codes.unflatten(1, (-1, group_size or K)).sum(-1, dtype=torch.int32)
+        if K
+        else codes.new_zeros(M, 1, dtype=torch.int32)
+    )
     return codes, scale, zero_point, sums
 
 
-def _dequantize_activations(x: Tensor, x_scale: Tensor | None, x_zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _dequantize_activations(
+    x: Tensor, x_scale: Tensor | None, x_zero_point: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """uint8 codes -> ``(q - z) * scale``; float activations as they are."""
     if x_scale is None or x_zero_point is None:
         return x.to(dtype)
@@ -247,13 +290,15 @@ def _dequantize_activations(x: Tensor, x_scale: Tensor | None, x_zero_point: Ten
 
 
 def embedding(ids: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows ``ids`` of an 8-bit table: ``(codes[ids] - zero_point) * scale`` in float32, cast to ``dtype``. scale is (1, 1) or (V, 1)."""
+    """Rows ``ids`` of an 8-bit table: ``(codes[ids] - zero_point) * scale`` in float32, cast to ``dtype``. scale is (1,
+    1) or (V, 1).
+    """
     if scale.shape[0] > 1:
         scale, zero_point = scale[ids], zero_point[ids]
     return ((codes[ids].int() - zero_point.int()).float() * scale).to(dtype)
 
 
-# ---- the linear layer (Section 4.3) -----------------------------------------------------------------------------------
+# ---- the linear layer (Section 4.3) ----------------------------------------------------------------------------------
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -280,10 +325,12 @@ def linear_w4a16(
     out_features: int | None = None,
     in_float32: bool | None = None,
 ) -> Tensor:
-    """``y = x W^T`` with ``W = (q - z) * scale``, plus ``x[:, idx] O^T`` (axis 1) or ``y[:, idx] += x O^T`` (axis 0), plus bias.
+    """``y = x W^T`` with ``W = (q - z) * scale``, plus ``x[:, idx] O^T`` (axis 1) or ``y[:, idx] += x O^T`` (axis 0),
+    plus bias.
 
-    x (M, K) -> y (M, N) in x's dtype. ``out_features`` names N to kernels whose weight is prepacked; here the rows say it. ``in_float32`` False lets a
-    kernel round float32 x to int16 in blocks of 128 columns: an error of at most 2^-15 * sum over blocks of max|x| * sum|W| in the block.
+    x (M, K) -> y (M, N) in x's dtype. ``out_features`` names N to kernels whose weight is prepacked; here the rows say
+    it. ``in_float32`` False lets a kernel round float32 x to int16 in blocks of 128 columns: an error of at most 2^-15
+    * sum over blocks of max|x| * sum|W| in the block.
     """
     high = _accumulator(x)
     weight = dequantize(weight_packed, scale, zero_point, x.shape[1], bits, torch.float32)
@@ -309,20 +356,24 @@ def linear_w4a8(
     out_features: int | None = None,
     per_token: bool = True,
 ) -> Tensor:
-    """:func:`linear_w4a16` on quantized activations: the product of codes is an exact integer, scaled in float at the end.
+    """:func:`linear_w4a16` on quantized activations: the product of codes is an exact integer, scaled in float at the
+    end.
 
         sum_g float(sum_k (qa - za)(qw - zw)) * scale[n, g], times x_scale[m]
 
-    ``x`` gives y's dtype and receives the gradient (straight-through); its values are read only where ``raw_outliers`` (axis 1) multiplies O by
-    x[:, idx] itself.
-    ``x_sums`` lets kernels fold the zero points in; it adds nothing to the meaning. Without codes x is quantized here, as quantize_activations would,
-    ``per_token`` or not.
+    ``x`` gives y's dtype and receives the gradient (straight-through); its values are read only where ``raw_outliers``
+    (axis 1) multiplies O by x[:, idx] itself.
+    ``x_sums`` lets kernels fold the zero points in; it adds nothing to the meaning. Without codes x is quantized here,
+    as quantize_activations would, ``per_token`` or not.
     """
     high = _accumulator(x)
     if x_codes is None or x_scale is None or x_zero_point is None:
-        x_codes, x_scale, x_zero_point, _ = quantize_activations(x, per_token, 0, outlier_dims if raw_outliers else None)
+        x_codes, x_scale, x_zero_point, _ = quantize_activations(
+            x, per_token, 0, outlier_dims if raw_outliers else None
+        )
     K, G = x_codes.shape[1], scale.shape[1]
-    activation = (x_codes.int() - x_zero_point.int()).double().unflatten(1, (G, -1))  # float64 holds these integer sums exactly
+    # float64 holds these integer sums exactly
+    activation = (x_codes.int() - x_zero_point.int()).double().unflatten(1, (G, -1))
     weight = _signed_codes(weight_packed, zero_point, K, bits).double().unflatten(1, (G, -1))
     y = torch.zeros(len(x_codes), len(weight_packed), dtype=high, device=x.device)
     for g in range(G):
@@ -345,10 +396,11 @@ def linear_dx(
     axis: int,
     in_float32: bool | None = None,
 ) -> Tensor:
-    """``dx = dy W``, then ``dx[:, idx] += dy O`` (axis 1) or ``dx += dy[:, idx] O`` (axis 0). grad_y (M, N) -> dx (M, K), grad_y's dtype.
+    """``dx = dy W``, then ``dx[:, idx] += dy O`` (axis 1) or ``dx += dy[:, idx] O`` (axis 0). grad_y (M, N) -> dx (M,
+    K), grad_y's dtype.
 
-    ``in_float32`` False lets a kernel round float32 grad_y to int16 in blocks of 128 columns, like linear_w4a16; where rows have scales of their own,
-    grad_y times its columns' scales.
+    ``in_float32`` False lets a kernel round float32 grad_y to int16 in blocks of 128 columns, like linear_w4a16; where
+    rows have scales of their own, grad_y times its columns' scales.
     """
     high = _accumulator(grad_y)
     grad = grad_y.to(high)
@@ -360,7 +412,9 @@ def linear_dx(
     return dx.to(grad_y.dtype)
 
 
-def outlier_grad(grad_y: Tensor, x: Tensor, x_scale: Tensor | None, x_zero_point: Tensor | None, outlier_dims: Tensor, axis: int) -> Tensor:
+def outlier_grad(
+    grad_y: Tensor, x: Tensor, x_scale: Tensor | None, x_zero_point: Tensor | None, outlier_dims: Tensor, axis: int
+) -> Tensor:
     """Gradient of the outlier weight, float32.
 
     axis 1: ``dy^T x`` with x (M, r) the activations of the outlier dimensions, already gathered -> (N, r)
@@ -374,8 +428,18 @@ def outlier_grad(grad_y: Tensor, x: Tensor, x_scale: Tensor | None, x_zero_point
     return (grad.T @ _dequantize_activations(x, x_scale, x_zero_point, high)).to(high)
 
 
-def scale_grad(grad_y: Tensor, x: Tensor, x_scale: Tensor | None, x_zero_point: Tensor | None, weight_packed: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """PreQuant-alpha: ``dscale[n, g] = sum_m dy[m, n] sum_{k in g} x[m, k] (q - z)[n, k]``, float32 (N, G) with G the columns of zero_point."""
+def scale_grad(
+    grad_y: Tensor,
+    x: Tensor,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    weight_packed: Tensor,
+    zero_point: Tensor,
+    bits: int,
+) -> Tensor:
+    """PreQuant-alpha: ``dscale[n, g] = sum_m dy[m, n] sum_{k in g} x[m, k] (q - z)[n, k]``, float32 (N, G) with G the
+    columns of zero_point.
+    """
     high = _accumulator(grad_y)
     K, G = x.shape[1], zero_point.shape[1]
     gradient = grad_y.to(high).T @ _dequantize_activations(x, x_scale, x_zero_point, high)

@@ -16,8 +16,9 @@ LOW_COVERAGE = 0.5  # of the weights that neither the method nor the user meant 
 class PlanRow:
     """One module of a plan.
 
-    shape (N, K) of a matrix, (V, D) of an embedding · axis "input", "output", or None for an embedding · outlier_slices: r of a matrix
-    · trainable: number of outlier weights (or scales) to train · bytes of the module once quantized, as a checkpoint holds it, bias included
+    shape (N, K) of a matrix, (V, D) of an embedding · axis "input", "output", or None for an embedding ·
+    outlier_slices: r of a matrix · trainable: number of outlier weights (or scales) to train · bytes of the module once
+    quantized, as a checkpoint holds it, bias included
     """
 
     name: str
@@ -32,7 +33,9 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class ReportRow(PlanRow):
-    """One quantized module. l2_error is ``sqrt(sum (w' - w)^2)``; num_outliers counts weights beyond the threshold (0 for an embedding)."""
+    """One quantized module. l2_error is ``sqrt(sum (w' - w)^2)``; num_outliers counts weights beyond the threshold (0
+    for an embedding).
+    """
 
     bytes_before: int
     l2_error: float
@@ -92,7 +95,9 @@ class Report:
 
     def coverage_line(self) -> str:
         """Such as "quantized 61.0 % of the weights; not covered: score (2, 32), task head; ..."."""
-        missing = "; ".join(f"{what}, {reason}" for what, reason in grouped(self.uncovered)) or "nothing but norms and biases"
+        missing = (
+            "; ".join(f"{what}, {reason}" for what, reason in grouped(self.uncovered)) or "nothing but norms and biases"
+        )
         return f"quantized {100 * self.coverage:.1f} % of the weights; not covered: {missing}"
 
     def cells(self) -> list[Sequence[str]]:
@@ -116,10 +121,15 @@ class Report:
         """What the table's columns come to, and what they leave out."""
         ratio = 100 * self.bytes_after / self.bytes_before
         lines = [
-            f"{self.bytes_before / 1e6:,.2f} MB -> {self.bytes_after / 1e6:,.2f} MB ({ratio:.1f} %), {self.trainable:,} outlier weights or scales to train",
-            f"L2 error of the matrices {self.l2_error:.4g}, of the embeddings {self.embedding_l2_error:.4g}; {self.num_outliers:,} outliers",
+            f"{self.bytes_before / 1e6:,.2f} MB -> {self.bytes_after / 1e6:,.2f} MB ({ratio:.1f} %), "
+            f"{self.trainable:,} outlier weights or scales to train",
+            f"L2 error of the matrices {self.l2_error:.4g}, of the embeddings {self.embedding_l2_error:.4g}; "
+            f"{self.num_outliers:,} outliers",
             f"quantized {100 * self.coverage:.1f} % of {self.total_weights:,} weights; not covered:",
-            *([f"  {what}, {reason}" for what, reason in grouped(self.uncovered)] or ["  nothing but norms and biases"]),
+            *(
+                [f"  {what}, {reason}" for what, reason in grouped(self.uncovered)]
+                or ["  nothing but norms and biases"]
+            ),
         ]
         return "\n".join(lines)
 
@@ -142,7 +152,10 @@ def table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     widths = [max(len(text) for text in column) for column in zip(titles, *cells, strict=True)]
     lines = []
     for row in (titles, ["-" * width for width in widths], *cells):
-        first, *rest = (text.ljust(width) if i == 0 else text.rjust(width) for i, (text, width) in enumerate(zip(row, widths, strict=True)))
+        first, *rest = (
+            text.ljust(width) if i == 0 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
         lines.append("  ".join([first, *rest]).rstrip())
     return "\n".join(lines)
 
@@ -153,4 +166,7 @@ def grouped(uncovered: Sequence[Uncovered]) -> list[tuple[str, str]]:
     for entry in uncovered:
         key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", entry.name), entry.shape, entry.reason)
         groups[key] = groups.get(key, 0) + 1
-    return [(f"{name} {shape}{f' x {count}' if count > 1 else ''}", reason) for (name, shape, reason), count in groups.items()]
+    return [
+        (f"{name} {shape}{f' x {count}' if count > 1 else ''}", reason)
+        for (name, shape, reason), count in groups.items()
+    ]

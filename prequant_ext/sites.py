@@ -15,16 +15,24 @@ from prequant_ext.outliers import check_r
 from prequant_ext.quantize import scale_shape
 
 EXCLUDED, NO_EMBEDDING_BITS = "excluded by modules_to_not_convert", "embedding_bits is None"
-HEAD, LM_HEAD, TIED, FLOAT_TABLE = "task head", "language-model head", "tied to another module", "relative-position table"
+HEAD, LM_HEAD, TIED, FLOAT_TABLE = (
+    "task head",
+    "language-model head",
+    "tied to another module",
+    "relative-position table",
+)
 OUTSIDE, NO_ROLE = "outside the blocks", "neither in reads nor in writes of the family"
 READ_DIRECTLY = "nn.TransformerEncoderLayer reads its weight without calling it"
 RENORMALIZED = "max_norm changes its weight at every lookup"
-BY_INTENT = frozenset({EXCLUDED, NO_EMBEDDING_BITS, HEAD, LM_HEAD, TIED, FLOAT_TABLE})  # the method's or the user's choice, not a gap
+# the method's or the user's choice, not a gap
+BY_INTENT = frozenset({EXCLUDED, NO_EMBEDDING_BITS, HEAD, LM_HEAD, TIED, FLOAT_TABLE})
 
 
 @dataclass(frozen=True)
 class Site:
-    """A module to be quantized. shape is (N, K), also of a Conv1D, which stores (K, N); an embedding's is (V, D) and it has no axis."""
+    """A module to be quantized. shape is (N, K), also of a Conv1D, which stores (K, N); an embedding's is (V, D) and it
+    has no axis.
+    """
 
     name: str
     kind: str  # linear or embedding
@@ -37,26 +45,34 @@ class Site:
 
 @dataclass(frozen=True)
 class Uncovered:
-    """A weight that stays float, by its module's name, or by its own where the module is of a kind that is not quantized."""
+    """A weight that stays float, by its module's name, or by its own where the module is of a kind that is not
+    quantized.
+    """
 
     name: str
     shape: tuple[int, ...]
     reason: str
 
 
-def find_sites(model: nn.Module, config: PreQuantConfig, family: Family | None = None, *, allow_unmatched: bool = False) -> list[Site]:
-    """The modules of ``model`` that ``config`` quantizes, in the model's order. Reads names and shapes only: a model on the meta device will do.
+def find_sites(
+    model: nn.Module, config: PreQuantConfig, family: Family | None = None, *, allow_unmatched: bool = False
+) -> list[Site]:
+    """The modules of ``model`` that ``config`` quantizes, in the model's order. Reads names and shapes only: a model on
+    the meta device will do.
 
-    ``family`` overrides the row found by the model's ``config.model_type``. ``allow_unmatched``: a name in ``modules_to_not_convert`` may match nothing
-    (a checkpoint made from one class of model and loaded into another lacks some of its heads).
+    ``family`` overrides the row found by the model's ``config.model_type``. ``allow_unmatched``: a name in
+    ``modules_to_not_convert`` may match nothing (a checkpoint made from one class of model and loaded into another
+    lacks some of its heads).
 
-    Raises ValueError for an already quantized model, an unknown family with ``axis="hidden"``, names or rules that match nothing, r beyond a sliced
-    axis, a group that does not divide K, and where nothing is left to quantize.
+    Raises ValueError for an already quantized model, an unknown family with ``axis="hidden"``, names or rules that
+    match nothing, r beyond a sliced axis, a group that does not divide K, and where nothing is left to quantize.
     """
     return survey(model, config, family, allow_unmatched=allow_unmatched)[0]
 
 
-def survey(model: nn.Module, config: PreQuantConfig, family: Family | None = None, *, allow_unmatched: bool = False) -> tuple[list[Site], list[Uncovered]]:
+def survey(
+    model: nn.Module, config: PreQuantConfig, family: Family | None = None, *, allow_unmatched: bool = False
+) -> tuple[list[Site], list[Uncovered]]:
     """:func:`find_sites`, and the weights that they leave float."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -68,7 +84,10 @@ def survey(model: nn.Module, config: PreQuantConfig, family: Family | None = Non
         raise ValueError("model is a single layer: use PreQuantLinear.from_linear(layer, config, axis=...)")
     quantized = [name for name, module in model.named_modules() if isinstance(module, FrozenWeight)]
     if quantized:
-        raise ValueError(f"{type(model).__name__} is already quantized ({quantized[0]} and {len(quantized) - 1} more); merge(model) makes it float again")
+        raise ValueError(
+            f"{type(model).__name__} is already quantized ({quantized[0]} and {len(quantized) - 1} more); "
+            "merge(model) makes it float again"
+        )
     if not allow_unmatched:
         _check_exclusions(model, config)
     family = family or family_of(model)
@@ -86,13 +105,17 @@ def survey(model: nn.Module, config: PreQuantConfig, family: Family | None = Non
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family the model was quantized with, else the row of its ``config.model_type``, else :data:`UNKNOWN`, which has no stacks."""
+    """The family the model was quantized with, else the row of its ``config.model_type``, else :data:`UNKNOWN`, which
+    has no stacks.
+    """
     given = getattr(model, "_prequant_family", None)
     return given or FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), UNKNOWN)
 
 
 def role_of(path: str, family: Family) -> str | None:
-    """The axis of a reader ("input") or writer ("output") of the residual stream, by its name within its block; the longest matching ending decides."""
+    """The axis of a reader ("input") or writer ("output") of the residual stream, by its name within its block; the
+    longest matching ending decides.
+    """
     endings = [(len(ending), "input") for ending in family.reads if ends_with(path, ending)]
     endings += [(len(ending), "output") for ending in family.writes if ends_with(path, ending)]
     return max(endings)[1] if endings else None
@@ -105,7 +128,9 @@ def is_pretrained_model(model: nn.Module) -> bool:
 
 
 def head_names(model: nn.Module, family: Family) -> list[str]:
-    """Parameters of the task head: those outside a transformers model's base, and the family's heads; language-model heads are none."""
+    """Parameters of the task head: those outside a transformers model's base, and the family's heads; language-model
+    heads are none.
+    """
     base = model.base_model if is_pretrained_model(model) else model
     in_base = {id(parameter) for parameter in base.parameters()}  # type: ignore[union-attr]
     lm_heads = _lm_head_names(model, family)
@@ -120,7 +145,10 @@ def head_names(model: nn.Module, family: Family) -> list[str]:
 
 def _lm_head_names(model: nn.Module, family: Family) -> set[str]:
     output = model.get_output_embeddings() if is_pretrained_model(model) else None  # type: ignore[operator]
-    return {*family.lm_heads, *(name for name, module in model.named_modules() if output is not None and module is output)}
+    return {
+        *family.lm_heads,
+        *(name for name, module in model.named_modules() if output is not None and module is output),
+    }
 
 
 class _Walk:
@@ -146,7 +174,9 @@ class _Walk:
                 continue
             reason = self._intent(name, own_name, parameter) or self._obstacle(name, module, parameter)
             if reason is None:
-                self.sites.append(self._linear(name, module) if type(module) is not nn.Embedding else self._embedding(name, module))
+                self.sites.append(
+                    self._linear(name, module) if type(module) is not nn.Embedding else self._embedding(name, module)
+                )
             else:
                 full_name = name if own_name == "weight" else f"{name}.{own_name}".lstrip(".")
                 self.uncovered.append(Uncovered(full_name, tuple(parameter.shape), reason))
@@ -164,14 +194,20 @@ class _Walk:
         return HEAD if f"{name}.{own_name}" in self.heads else None
 
     def _obstacle(self, name: str, module: nn.Module, parameter: nn.Parameter) -> str | None:
-        """Why a weight cannot be quantized. Exact types only: a subclass computes something else, or is read without being called."""
+        """Why a weight cannot be quantized. Exact types only: a subclass computes something else, or is read without
+        being called.
+        """
         if type(module) is nn.Embedding:
             if self.config.embedding_bits is None:
                 return NO_EMBEDDING_BITS
             return RENORMALIZED if module.max_norm is not None else None
         if type(module) is not nn.Linear and not is_conv1d(module):
             kind = type(module).__name__
-            return f"{parameter.dim()}-D parameter of {kind}" if parameter.dim() > 2 else f"{kind}, not exactly nn.Linear or nn.Embedding"
+            return (
+                f"{parameter.dim()}-D parameter of {kind}"
+                if parameter.dim() > 2
+                else f"{kind}, not exactly nn.Linear or nn.Embedding"
+            )
         if id(module) in self.read_directly:
             return READ_DIRECTLY
         if not self.family.stacks:
@@ -206,13 +242,16 @@ class _Walk:
         if site.hidden_size != first.hidden_size:
             verb = "reads" if role == "input" else "writes"
             raise ValueError(
-                f"{site.name} {site.shape} {verb} a residual stream of {site.hidden_size} by the family's row, but {first.name} {first.shape} says "
+                f"{site.name} {site.shape} {verb} a residual stream of {site.hidden_size} by the family's row, but "
+                f"{first.name} {first.shape} says "
                 f"{first.hidden_size}: check reads and writes"
             )
 
 
 def _tied_parameters(model: nn.Module) -> set[int]:
-    """Identities of parameters under more than one name, now or once transformers ties them (models on the meta device may not be tied yet)."""
+    """Identities of parameters under more than one name, now or once transformers ties them (models on the meta device
+    may not be tied yet).
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     uses = Counter(id(parameter) for parameter in parameters.values())
     tied_keys = getattr(model, "all_tied_weights_keys", None) or {}
@@ -234,19 +273,28 @@ def _unknown_family(model: nn.Module) -> str:
     stacks: dict[str, str] = {}
     linears: dict[str, tuple[int, int]] = {}
     for path, blocks in block_lists(model).items():
-        within = {name.split(".", 1)[1]: module.weight.shape for name, module in blocks.named_modules() if type(module) is nn.Linear and "." in name}
+        within = {
+            name.split(".", 1)[1]: module.weight.shape
+            for name, module in blocks.named_modules()
+            if type(module) is nn.Linear and "." in name
+        }
         if within and not any(path.startswith(f"{outer}.") for outer in stacks.values()):
             stacks["decoder" if "decoder" in path else f"stack{len(stacks)}" if stacks else "encoder"] = path
             linears |= within
     sizes = Counter(size for parameter in model.parameters() for size in parameter.shape)
-    hidden_size = getattr(getattr(model, "config", None), "hidden_size", None) or (sizes.most_common(1)[0][0] if sizes else None)
+    hidden_size = getattr(getattr(model, "config", None), "hidden_size", None) or (
+        sizes.most_common(1)[0][0] if sizes else None
+    )
     writes = [name for name, (N, K) in linears.items() if N == hidden_size != K]
     reads = [name for name in linears if name not in writes]
     return (
-        f'axis="hidden" needs to know which matrices read and which write the residual stream, and {what} is not among {", ".join(FAMILIES)}.\n'
-        'Pass axis="input" or axis="output", which need no family, or say it (sorted by shape below: move square matrices that write to writes):\n\n'
+        f'axis="hidden" needs to know which matrices read and which write the residual stream, and {what} is not '
+        f"among {', '.join(FAMILIES)}.\n"
+        'Pass axis="input" or axis="output", which need no family, or say it (sorted by shape below: move square '
+        "matrices that write to writes):\n\n"
         "from prequant_ext.families import Family\n"
-        f"family = Family(\n    stacks={stacks or {'encoder': 'encoder.layers'}!r},\n    reads={tuple(reads or ['query', 'key', 'value', 'fc1'])!r},\n"
+        f"family = Family(\n    stacks={stacks or {'encoder': 'encoder.layers'}!r},\n    "
+        f"reads={tuple(reads or ['query', 'key', 'value', 'fc1'])!r},\n"
         f"    writes={tuple(writes or ['out', 'fc2'])!r},\n)\n"
         "quantize_model(model, config, family=family)\n"
     )

@@ -1,7 +1,9 @@
-"""T5's encoder as a classifier, as the paper uses it: the mean of the last hidden states over the tokens that are not padding, and a linear head.
+"""T5's encoder as a classifier, as the paper uses it: the mean of the last hidden states over the tokens that are not
+padding, and a linear head.
 
-transformers classifies with encoder and decoder. Importing this module registers the class with AutoConfig and AutoModelForSequenceClassification
-under a model_type of its own; a plain T5 checkpoint is read by ``T5EncoderForSequenceClassification.from_pretrained``, which leaves its decoder aside.
+transformers classifies with encoder and decoder. Importing this module registers the class with AutoConfig and
+AutoModelForSequenceClassification under a model_type of its own; a plain T5 checkpoint is read by
+``T5EncoderForSequenceClassification.from_pretrained``, which leaves its decoder aside.
 """
 
 from typing import Any, ClassVar
@@ -21,7 +23,9 @@ class T5EncoderConfig(T5Config):
 
 
 class T5EncoderForSequenceClassification(T5PreTrainedModel):
-    """logits (batch, num_labels) = classifier(dropout(mean of the last hidden states)). num_labels = 1: a regression, whose loss is the squared error."""
+    """logits (batch, num_labels) = classifier(dropout(mean of the last hidden states)). num_labels = 1: a regression,
+    whose loss is the squared error.
+    """
 
     config_class = T5EncoderConfig
     base_model_prefix = "transformer"
@@ -51,14 +55,20 @@ class T5EncoderForSequenceClassification(T5PreTrainedModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        hidden = self.transformer(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs).last_hidden_state
+        hidden = self.transformer(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        ).last_hidden_state
         mask = hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask.to(hidden.dtype)
         mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
         logits = self.classifier(self.dropout(mean))
         loss = None
         if labels is not None:
             is_regression = self.config.num_labels == 1
-            loss = functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype)) if is_regression else functional.cross_entropy(logits, labels)
+            loss = (
+                functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+                if is_regression
+                else functional.cross_entropy(logits, labels)
+            )
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 

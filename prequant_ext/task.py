@@ -1,7 +1,8 @@
 """Tasks of one model: the base and its codes once, and for every task the values of its outlier weights and its head.
 
-One task is live: its values stand in the model's own parameters. The others are kept beside, and switching copies into storage that stays where it is: nothing
-is compiled anew, and no optimizer, CUDA graph or view loses its tensor. None is the base, with the values that the model had when its first task was added.
+One task is live: its values stand in the model's own parameters. The others are kept beside, and switching copies into
+storage that stays where it is: nothing is compiled anew, and no optimizer, CUDA graph or view loses its tensor. None is
+the base, with the values that the model had when its first task was added.
 
 Under FSDP2 a rank keeps its share of every task, and all ranks call these functions together.
 """
@@ -22,7 +23,9 @@ _ATTRIBUTE = "_prequant_tasks"
 
 
 class _Tasks:
-    """What a model knows of its tasks. ``slots``: name -> parameter name -> its values while the task is not live; the live one's are stale. None: the base."""
+    """What a model knows of its tasks. ``slots``: name -> parameter name -> its values while the task is not live; the
+    live one's are stale. None: the base.
+    """
 
     def __init__(self, model: nn.Module):
         live = task_tensors(model)
@@ -40,7 +43,8 @@ class _Tasks:
         """The parameters that hold a task's values now. Raises ValueError for an unknown name."""
         if name not in self.slots:
             raise ValueError(
-                f"no task {name!r} in the model: it has {', '.join(repr(own) for own in self.names()) or 'none'}; add_task or load_task brings one"
+                f"no task {name!r} in the model: it has {', '.join(repr(own) for own in self.names()) or 'none'}; "
+                "add_task or load_task brings one"
             )
         return self.live() if name == self.active else self.slots[name]
 
@@ -61,7 +65,12 @@ class _Tasks:
 
 
 def _copies(values: Mapping[str, Tensor], like: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    return {key: nn.Parameter(sharded_like(own, values[key].detach().to(own.device, own.dtype, copy=True)), own.requires_grad) for key, own in like.items()}
+    return {
+        key: nn.Parameter(
+            sharded_like(own, values[key].detach().to(own.device, own.dtype, copy=True)), own.requires_grad
+        )
+        for key, own in like.items()
+    }
 
 
 def _copy(to: Mapping[str, nn.Parameter], values: Mapping[str, nn.Parameter]) -> None:
@@ -75,7 +84,9 @@ def _share(tensor: Tensor) -> Tensor:
 
 
 def _reshard(model: nn.Module) -> None:
-    """FSDP2 leaves some parameters gathered after a forward pass that no backward follows: what is written into those is lost in the next pass."""
+    """FSDP2 leaves some parameters gathered after a forward pass that no backward follows: what is written into those
+    is lost in the next pass.
+    """
     if distributed.is_available() and distributed.is_initialized():
         from torch.distributed.fsdp import FSDPModule
 
@@ -101,7 +112,9 @@ def _known_tasks(model: nn.Module) -> _Tasks:
 def _check_new(model: nn.Module, name: str, overwrite: bool) -> None:
     tasks = _tasks_of(model)
     if check_task_name(name) in (() if tasks is None else tasks.names()) and not overwrite:
-        raise ValueError(f"the model has a task {name!r} already: remove_task takes it away, overwrite=True replaces it")
+        raise ValueError(
+            f"the model has a task {name!r} already: remove_task takes it away, overwrite=True replaces it"
+        )
 
 
 def add_task(model: nn.Module, name: str, *, overwrite: bool = False) -> None:
@@ -124,7 +137,8 @@ def _put(model: nn.Module, tasks: _Tasks, name: str, values: Mapping[str, Tensor
 def set_task(model: nn.Module, name: str | None) -> None:
     """Make ``name`` the live task; the values of the one that is left are stored first. None: the base.
 
-    Copies in place: no parameter is replaced, nothing is allocated or compiled anew. Raises ValueError for an unknown name.
+    Copies in place: no parameter is replaced, nothing is allocated or compiled anew. Raises ValueError for an unknown
+    name.
     """
     tasks = _tasks_of(model)
     if tasks is None and name is None:
@@ -156,32 +170,46 @@ def remove_task(model: nn.Module, name: str) -> None:
 
 
 def task_parameters(model: nn.Module, *names: str | None) -> list[nn.Parameter]:
-    """The parameters that hold the values of these tasks, to train several at once in mixed batches: each gets gradients from its own rows only.
+    """The parameters that hold the values of these tasks, to train several at once in mixed batches: each gets
+    gradients from its own rows only.
 
-    For tasks that stay apart from the live one: a task that is live has the model's own parameters, which :func:`set_task` then fills with others. Raises
-    ValueError for an unknown name.
+    For tasks that stay apart from the live one: a task that is live has the model's own parameters, which
+    :func:`set_task` then fills with others. Raises ValueError for an unknown name.
     """
     tasks = _known_tasks(model)
     return [parameter for name in names for parameter in tasks.parameters_of(model, name).values()]
 
 
-def save_task(model: nn.Module, name: str, path: str | os.PathLike, metadata: Mapping[str, Any] | None = None, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write the task ``name`` to ``path``: outlier weights and head as ``dtype``, with ``metadata`` (scores, hyper-parameters: text or numbers).
+def save_task(
+    model: nn.Module,
+    name: str,
+    path: str | os.PathLike,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write the task ``name`` to ``path``: outlier weights and head as ``dtype``, with ``metadata`` (scores,
+    hyper-parameters: text or numbers).
 
-    A model without named tasks is one task, and ``name`` names it. Raises ValueError for an unknown or bad name, or a metadata key that the format has for
-    itself; OSError where the disk is full, and the old file stays.
+    A model without named tasks is one task, and ``name`` names it. Raises ValueError for an unknown or bad name, or a
+    metadata key that the format has for itself; OSError where the disk is full, and the old file stays.
     """
     tasks = _tasks_of(model)
     base = fingerprint(model)
-    values = task_tensors(model) if tasks is None or not tasks.names() else tasks.parameters_of(model, check_task_name(name))
+    values = (
+        task_tensors(model) if tasks is None or not tasks.names() else tasks.parameters_of(model, check_task_name(name))
+    )
     write_task(path, name, values, base, metadata, dtype)
 
 
-def load_task(model: nn.Module, path: str | os.PathLike, name: str | None = None, *, overwrite: bool = False) -> dict[str, str]:
-    """Add the task of a file, as ``name`` or by its own, and make it live. Returns the file's metadata. A refusal leaves the model as it was.
+def load_task(
+    model: nn.Module, path: str | os.PathLike, name: str | None = None, *, overwrite: bool = False
+) -> dict[str, str]:
+    """Add the task of a file, as ``name`` or by its own, and make it live. Returns the file's metadata. A refusal
+    leaves the model as it was.
 
-    Raises FileNotFoundError; ValueError naming both sides where the base, the tensors, a shape or the format version differ, where the file is damaged, or
-    where the model has a task of that name (unless ``overwrite``).
+    Raises FileNotFoundError; ValueError naming both sides where the base, the tensors, a shape or the format version
+    differ, where the file is damaged, or where the model has a task of that name (unless ``overwrite``).
     """
     metadata, tensors = read_task(path)
     name = metadata["name"] if name is None else name
@@ -192,7 +220,8 @@ def load_task(model: nn.Module, path: str | os.PathLike, name: str | None = None
 
 
 def merge(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Float layers again, in place, holding what the live task computes, or the task ``name``; the other tasks are forgotten. Returns ``model``.
+    """Float layers again, in place, holding what the live task computes, or the task ``name``; the other tasks are
+    forgotten. Returns ``model``.
 
     Raises ValueError for an unknown name, or if the model is not quantized.
     """

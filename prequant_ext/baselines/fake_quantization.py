@@ -1,4 +1,6 @@
-"""Quantization that stays float: values on the grid of b-bit codes, with gradients that pass the rounding as if it were not there (straight-through)."""
+"""Quantization that stays float: values on the grid of b-bit codes, with gradients that pass the rounding as if it were
+not there (straight-through).
+"""
 
 import math
 
@@ -14,10 +16,11 @@ def round_through(x: Tensor) -> Tensor:
 
 
 def learned_step(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """clip(rint(x / scale), -2^(b-1), 2^(b-1) - 1) * scale; scale broadcasts and is trained with x.  LSQ, Esser et al., 2020, Eq. 1 to 5.
+    """clip(rint(x / scale), -2^(b-1), 2^(b-1) - 1) * scale; scale broadcasts and is trained with x.  LSQ, Esser et al.,
+    2020, Eq. 1 to 5.
 
-    The gradient of scale is rint(x / scale) - x / scale inside the range and the limit outside it, times 1 / sqrt(values of a scale * (2^(b-1) - 1)), which
-    keeps its steps in proportion to those of the weights.
+    The gradient of scale is rint(x / scale) - x / scale inside the range and the limit outside it, times 1 /
+    sqrt(values of a scale * (2^(b-1) - 1)), which keeps its steps in proportion to those of the weights.
     """
     top = 2 ** (bits - 1)
     factor = 1 / math.sqrt(max(1, x.numel() // max(1, scale.numel())) * max(1, top - 1))
@@ -32,7 +35,9 @@ def first_step(mean_magnitude: Tensor, bits: int) -> Tensor:
 
 
 def in_range(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """x on the grid of 2^b values from low to high, stretched to hold 0; low and high broadcast. Differentiable in all three."""
+    """x on the grid of 2^b values from low to high, stretched to hold 0; low and high broadcast. Differentiable in all
+    three.
+    """
     low, high = low.clamp(max=0), high.clamp(min=0)
     top = 2**bits - 1
     scale = ((high - low) / top).clamp(min=SMALLEST)

@@ -1,4 +1,6 @@
-"""The matrices that every method quantizes or adapts: those that PreQuant would, so that all work on the same weights. Embeddings stay float."""
+"""The matrices that every method quantizes or adapts: those that PreQuant would, so that all work on the same weights.
+Embeddings stay float.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -13,12 +15,22 @@ from prequant_ext.sites import Site, find_sites
 Make = Callable[[Site, Tensor, Tensor | None], nn.Module]
 
 
-def matrices_of(model: nn.Module, config: PreQuantConfig, *, group_size: int | None = None, has_hidden_groups: bool = False) -> list[Site]:
+def matrices_of(
+    model: nn.Module, config: PreQuantConfig, *, group_size: int | None = None, has_hidden_groups: bool = False
+) -> list[Site]:
     """In the model's order. Raises ValueError as find_sites.
 
     group_size, has_hidden_groups   what must divide each matrix's K: this number; the width of its residual stream
     """
-    plain = dataclasses.replace(config, strategy="outlier_aware", group_size=None, r=0, selector="outlier", train_scales=False, embedding_bits=None)
+    plain = dataclasses.replace(
+        config,
+        strategy="outlier_aware",
+        group_size=None,
+        r=0,
+        selector="outlier",
+        train_scales=False,
+        embedding_bits=None,
+    )
     if group_size is not None:
         plain = dataclasses.replace(plain, strategy="group_wise", group_size=group_size)
     return find_sites(model, dataclasses.replace(plain, train_scales=has_hidden_groups))
@@ -36,7 +48,9 @@ def replace_matrices(model: nn.Module, sites: Iterable[Site], make: Make) -> Non
 
 
 def train_only(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    """Freeze everything but the parameters called ``names`` and the task head, and return those, in the model's order."""
+    """Freeze everything but the parameters called ``names`` and the task head, and return those,
+    in the model's order.
+    """
     chosen = {*names, *head_parameter_names(model)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
@@ -45,4 +59,10 @@ def train_only(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter
 
 def parameters_called(model: nn.Module, kind: type[nn.Module], *own_names: str) -> list[str]:
     """Full names of these parameters of all modules of one kind."""
-    return [f"{name}.{own}" for name, module in model.named_modules() if isinstance(module, kind) for own in own_names if getattr(module, own) is not None]
+    return [
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if isinstance(module, kind)
+        for own in own_names
+        if getattr(module, own) is not None
+    ]

@@ -14,11 +14,14 @@ Batch = Mapping[str, Tensor]  # what the model is called with, labels apart
 class Options:
     """One set of choices for all methods; each reads its own.
 
-    config              bits, layer_bits and activation_bits of every method that quantizes; all of it for PreQuant's own and qlora
+    config              bits, layer_bits and activation_bits of every method that quantizes; all of it for PreQuant's
+                        own and qlora
     group_size          ptq, qat: weights of a row that share a scale; it must divide each matrix's K
     calibration         batches that ptq, qat and quadapter set their ranges with
-    activation_groups   ptq: ranges for the channels of a matrix, each for those whose own ranges are alike (Bondarenko et al., 2021); 1: a single one
-    bits_per_weight     PreQuant's own: the bits of blocks within this average, by what each loses (bit_allocation.py), in the place of the config's
+    activation_groups   ptq: ranges for the channels of a matrix, each for those whose own ranges are alike (Bondarenko
+                        et al., 2021); 1: a single one
+    bits_per_weight     PreQuant's own: the bits of blocks within this average, by what each loses (bit_allocation.py),
+                        in the place of the config's
     rank                lora, qlora: of the update
     refinements         alphatuning: alternations of the binary coding after its greedy start
     calibration_steps   quadapter: of Adam, on each block
@@ -38,16 +41,24 @@ class Options:
     tuned: nn.Module | Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("group_size", 1), ("activation_groups", 1), ("rank", 1), ("refinements", 0), ("calibration_steps", 0)):
+        for name, least in (
+            ("group_size", 1),
+            ("activation_groups", 1),
+            ("rank", 1),
+            ("refinements", 0),
+            ("calibration_steps", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
 class Method:
-    """``prepare`` makes of a float model, in place, what the method trains or evaluates; ``trainables`` freezes the rest of it and names what trains.
+    """``prepare`` makes of a float model, in place, what the method trains or evaluates; ``trainables`` freezes the
+    rest of it and names what trains.
 
-    begins_with   the training that comes first, on the float model: "ft", or "ticket" (L1 distance to the pre-trained weights); None: the pre-trained model
+    begins_with   the training that comes first, on the float model: "ft", or "ticket" (L1 distance to the pre-trained
+                  weights); None: the pre-trained model
     is_trained    false where nothing is left to train after ``prepare``
     """
 

@@ -1,4 +1,6 @@
-"""PreQuant-alpha (Table 2): no outlier dimensions; the scale of each hidden_size consecutive weights of a row is trained instead."""
+"""PreQuant-alpha (Table 2): no outlier dimensions; the scale of each hidden_size consecutive weights of a row is
+trained instead.
+"""
 
 from torch import nn
 

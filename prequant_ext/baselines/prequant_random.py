@@ -1,4 +1,6 @@
-"""PreQuant on as many dimensions drawn at random (Figure 3): what the selection by outliers is worth. The config's seed draws them."""
+"""PreQuant on as many dimensions drawn at random (Figure 3): what the selection by outliers is worth. The config's seed
+draws them.
+"""
 
 from torch import nn
 

@@ -1,5 +1,7 @@
-"""PreQuant on the dimensions that fine-tuning moves most (Figure 3; the lottery tickets of Gong et al., 2022): they are found by a full fine-tuning first,
-whose loss has the L1 distance to the pre-trained weights added, so that only few of them move."""
+"""PreQuant on the dimensions that fine-tuning moves most (Figure 3; the lottery tickets of Gong et al., 2022): they are
+found by a full fine-tuning first, whose loss has the L1 distance to the pre-trained weights added, so that only few of
+them move.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,9 @@ __all__ = ["L1Distance", "overlap", "prepare", "trainables"]
 
 
 class L1Distance:
-    """The penalty of the first run, ``strength * sum |W - W0|`` over the matrices that will be quantized; W0 are the weights at hand when this is made."""
+    """The penalty of the first run, ``strength * sum |W - W0|`` over the matrices that will be quantized; W0 are the
+    weights at hand when this is made.
+    """
 
     def __init__(self, model: nn.Module, config: PreQuantConfig, strength: float):
         if strength < 0:
@@ -31,7 +35,10 @@ class L1Distance:
 def prepare(model: nn.Module, options: Options) -> None:
     """Raises ValueError without ``options.tuned``, the outcome of the first run."""
     if options.tuned is None:
-        raise ValueError("tuned must be the weights after the L1-distance run, got None: prequant_ticket ranks dimensions by how far they moved")
+        raise ValueError(
+            "tuned must be the weights after the L1-distance run, got None: prequant_ticket ranks dimensions by how "
+            "far they moved"
+        )
     quantize(model, options, selector="ticket")
 
 
@@ -39,7 +46,10 @@ def overlap(model: nn.Module, other: nn.Module) -> dict[str, float]:
     """Matrix name -> Jaccard overlap of the dimensions that two quantized models selected in it."""
     dims, others = _outlier_dims(model), _outlier_dims(other)
     if dims.keys() != others.keys():
-        raise ValueError(f"the two models must have the same quantized matrices, got {len(dims)} and {len(others)} that differ in their names")
+        raise ValueError(
+            f"the two models must have the same quantized matrices, got {len(dims)} and {len(others)} that differ in "
+            "their names"
+        )
     return {name: jaccard(dims[name], others[name]) for name in dims}
 
 

@@ -1,5 +1,6 @@
-"""Post-training quantization (Bondarenko et al., 2021) of a model that was fine-tuned before: b-bit weights in groups, 8-bit activations in ranges that were
-seen on a few batches, one for a matrix or one for each group of channels ("per embedding group").
+"""Post-training quantization (Bondarenko et al., 2021) of a model that was fine-tuned before: b-bit weights in groups,
+8-bit activations in ranges that were seen on a few batches, one for a matrix or one for each group of channels ("per
+embedding group").
 
 The weights are true codes; the activations are rounded to their grid and stay float.
 """
@@ -17,7 +18,8 @@ from prequant_ext.sites import Site
 
 
 def channel_ranges(seen: Activations, groups: int) -> tuple[Tensor, Tensor]:
-    """low and high (K,) that channels use: those of their group, made of channels whose own ranges are of about the same width.
+    """low and high (K,) that channels use: those of their group, made of channels whose own ranges are of about the
+    same width.
 
     Raises ValueError where there are more groups than channels.
     """
@@ -48,7 +50,9 @@ class StaticLinear(nn.Module):
 
 
 def prepare(model: nn.Module, options: Options) -> None:
-    """Raises ValueError without calibration batches (unless activations stay float), and where a group does not divide a matrix's K."""
+    """Raises ValueError without calibration batches (unless activations stay float), and where a group does not divide
+    a matrix's K.
+    """
     config = options.config
     sites = matrices_of(model, config, group_size=options.group_size)
     seen = {} if config.activation_bits is None else observe(model, [site.name for site in sites], options.calibration)
@@ -60,7 +64,9 @@ def prepare(model: nn.Module, options: Options) -> None:
         linear.weight = nn.Parameter(weight.contiguous())
         linear.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
         layer = PreQuantLinear.from_linear(linear, coding, name=site.name, bits=site.bits)
-        return StaticLinear(layer, channel_ranges(seen[site.name], options.activation_groups) if seen else None, config.activation_bits)
+        return StaticLinear(
+            layer, channel_ranges(seen[site.name], options.activation_groups) if seen else None, config.activation_bits
+        )
 
     replace_matrices(model, sites, quantized)
 

@@ -1,4 +1,6 @@
-"""The plain form of quantization-aware training: one scale a tensor, from its largest value in each forward pass; nothing about the scales is learned."""
+"""The plain form of quantization-aware training: one scale a tensor, from its largest value in each forward pass;
+nothing about the scales is learned.
+"""
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -10,7 +12,9 @@ from prequant_ext.sites import Site
 
 
 class RoundedLinear(nn.Module):
-    """weight / scale in -(2^(b-1) - 1) ... 2^(b-1) - 1 with scale = max|weight| / (2^(b-1) - 1); x on the grid of its batch's range."""
+    """weight / scale in -(2^(b-1) - 1) ... 2^(b-1) - 1 with scale = max|weight| / (2^(b-1) - 1); x on the grid of its
+    batch's range.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, bits: int, activation_bits: int | None):
         super().__init__()
@@ -20,7 +24,9 @@ class RoundedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scale = (self.weight.detach().abs().amax() / (2 ** (self.bits - 1) - 1)).clamp(min=SMALLEST)
-        return functional.linear(in_own_range(x, self.activation_bits), round_through(self.weight / scale) * scale, self.bias)
+        return functional.linear(
+            in_own_range(x, self.activation_bits), round_through(self.weight / scale) * scale, self.bias
+        )
 
 
 def prepare(model: nn.Module, options: Options) -> None:

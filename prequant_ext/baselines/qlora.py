@@ -1,6 +1,8 @@
-"""LoRA on the quantized base (after QLoRA, Dettmers et al., 2023): PreQuant's own codes without outlier dimensions, and an update of low rank beside them.
+"""LoRA on the quantized base (after QLoRA, Dettmers et al., 2023): PreQuant's own codes without outlier dimensions, and
+an update of low rank beside them.
 
-Merging the update would make the base float again, which is why the paper leaves this rival out; unmerged, as here, the base stays in its codes.
+Merging the update would make the base float again, which is why the paper leaves this rival out; unmerged, as here, the
+base stays in its codes.
 """
 
 import dataclasses

@@ -1,8 +1,10 @@
-"""Quadapter (Park et al., 2022): 8-bit weights and activations, made easier to round by a trained scaling of the channels between them.
+"""Quadapter (Park et al., 2022): 8-bit weights and activations, made easier to round by a trained scaling of the
+channels between them.
 
     y = Q(x * s) Q(W / s)^T + bias,  s (K,) > 0
 
-Without the quantizers s cancels. It is set block by block, so that a block's output stays what it was (L2), and then trained on the task; weights are frozen.
+Without the quantizers s cancels. It is set block by block, so that a block's output stays what it was (L2), and then
+trained on the task; weights are frozen.
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,9 @@ CALIBRATION_RATE = 1e-2
 
 
 class ScaledLinear(nn.Module):
-    """``log_scale`` (K,) is trained: s = exp(log_scale) stays positive, and its inverse finite. ``is_quantized`` turns both quantizers off and on."""
+    """``log_scale`` (K,) is trained: s = exp(log_scale) stays positive, and its inverse finite. ``is_quantized`` turns
+    both quantizers off and on.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation_bits: int | None):
         super().__init__()
@@ -42,12 +46,16 @@ class ScaledLinear(nn.Module):
 
 
 def prepare(model: nn.Module, options: Options) -> None:
-    """Raises ValueError without calibration batches, unless calibration_steps is 0; and for a model of no known family, whose blocks are not known."""
+    """Raises ValueError without calibration batches, unless calibration_steps is 0; and for a model of no known family,
+    whose blocks are not known.
+    """
     if options.calibration_steps and not options.calibration:
         raise ValueError("calibration must hold at least one batch: quadapter sets its scales on them")
     blocks = [block.name for block in blocks_of(model, family_of(model))]
     if not blocks:
-        raise ValueError(f"quadapter is calibrated block by block, and the blocks of {type(model).__name__} are not known")
+        raise ValueError(
+            f"quadapter is calibrated block by block, and the blocks of {type(model).__name__} are not known"
+        )
 
     def scaled(site: Site, weight: Tensor, bias: Tensor | None) -> nn.Module:
         return ScaledLinear(weight, bias, options.config.activation_bits)
@@ -62,7 +70,9 @@ def trainables(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _calibrate(model: nn.Module, blocks: list[str], options: Options) -> None:
-    """Block by block, what came in before and what went out: the scales that bring the quantized block nearest to it."""
+    """Block by block, what came in before and what went out:
+    the scales that bring the quantized block nearest to it.
+    """
     was_training = model.training
     model.eval()
     model.requires_grad_(False)
@@ -84,13 +94,17 @@ def _calibrate(model: nn.Module, blocks: list[str], options: Options) -> None:
         model.train(was_training)
 
 
-def _calls(model: nn.Module, block: nn.Module, batches: Sequence[Batch]) -> list[tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
+def _calls(
+    model: nn.Module, block: nn.Module, batches: Sequence[Batch]
+) -> list[tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
     """For each batch what the block is called with and what it returns, with the quantizers off.
 
     A pass through the model for every block: those of all blocks at once would take as many times the memory.
     """
     found: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
-    handle = block.register_forward_hook(lambda _, arguments, named, output: found.append((arguments, named, _first(output))), with_kwargs=True)
+    handle = block.register_forward_hook(
+        lambda _, arguments, named, output: found.append((arguments, named, _first(output))), with_kwargs=True
+    )
     layers = [module for module in model.modules() if isinstance(module, ScaledLinear)]
     try:
         for layer in layers:

@@ -1,4 +1,6 @@
-"""What the command line shows: tables for people or JSON for programs on standard output, everything else on standard error, and the exit codes."""
+"""What the command line shows: tables for people or JSON for programs on standard output, everything else on standard
+error, and the exit codes.
+"""
 
 import json
 import sys
@@ -39,7 +41,9 @@ def show_json(value: Any) -> None:
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Known failures as one line and an exit code; anything else is a fault of the program and keeps its traceback (exit code 1)."""
+    """Known failures as one line and an exit code; anything else is a fault of the program and keeps its traceback
+    (exit code 1).
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -54,7 +58,9 @@ def exit_codes() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """No progress bars where standard error is no terminal, and no reports of what transformers finds normal but strange (a head that starts fresh)."""
+    """No progress bars where standard error is no terminal, and no reports of what transformers finds normal but
+    strange (a head that starts fresh).
+    """
     from transformers.utils import logging
 
     logging.set_verbosity_error()

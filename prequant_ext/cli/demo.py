@@ -1,8 +1,9 @@
 """The whole path on one real model and task:    python -m prequant_ext.cli.demo [--data-dir DIR]
 
-Quantize, inspect, fine-tune SST-2 through the outlier dimensions and, for comparison, fully; compare cost and score; reload both from disk and check that
-the scores are the same to the last digit; fine-tune a second task on the same base, and answer a batch whose rows belong to both. Every step is the command
-that a user would type, in a process of its own, since peak memory is per process.
+Quantize, inspect, fine-tune SST-2 through the outlier dimensions and, for comparison, fully; compare cost and score;
+reload both from disk and check that the scores are the same to the last digit; fine-tune a second task on the same
+base, and answer a batch whose rows belong to both. Every step is the command that a user would type, in a process of
+its own, since peak memory is per process.
 """
 
 import json
@@ -54,7 +55,12 @@ def choose_data(data_dir: str | None) -> list[str]:
 
 @app.command()
 def demo(
-    data_dir: Annotated[str | None, typer.Option(help=f"folder of sst2/train.jsonl[.gz]; else ${DATA_DIR_VARIABLE}, else the hub, else generated rows")] = None,
+    data_dir: Annotated[
+        str | None,
+        typer.Option(
+            help=f"folder of sst2/train.jsonl[.gz]; else ${DATA_DIR_VARIABLE}, else the hub, else generated rows"
+        ),
+    ] = None,
     model: Annotated[str, typer.Option(help="float model")] = "minilm",
     out: Annotated[Path, typer.Option("-o", "--out", help="working folder")] = Path("demo-out"),
     max_train: Annotated[int, typer.Option(help="training rows")] = 4000,
@@ -68,7 +74,18 @@ def demo(
     base, tasks, full = str(out / "base"), str(out / "tasks"), str(out / "full")
     prequant("quantize", model, "-o", base, "--overwrite")
     prequant("inspect", base, as_json=False)
-    common = ["--task", TASK, *data, "--max-train", str(max_train), "--max-length", "64", "--epochs", str(epochs), "--overwrite"]
+    common = [
+        "--task",
+        TASK,
+        *data,
+        "--max-train",
+        str(max_train),
+        "--max-length",
+        "64",
+        "--epochs",
+        str(epochs),
+        "--overwrite",
+    ]
     runs = {
         "PreQuant": prequant("finetune", base, "-o", tasks, *common),
         "full fine-tuning": prequant("finetune", model, "--method", "ft", "-o", full, *common),
@@ -80,7 +97,11 @@ def demo(
     task = get_task(TASK)
     print()
     titles = ("method", "model MB", "trained", "task MB", "peak MB", "seconds", task.metrics[0], "reloaded")
-    show(titles, [_row(name, run, reloaded[name]) for name, run in runs.items()], _caption(runs["PreQuant"], time.perf_counter() - begin))
+    show(
+        titles,
+        [_row(name, run, reloaded[name]) for name, run in runs.items()],
+        _caption(runs["PreQuant"], time.perf_counter() - begin),
+    )
     different = [name for name, run in runs.items() if run["scores"] != reloaded[name]["scores"]]
     for name in different:
         say(f"error: {name} scored {runs[name]['scores']} in training but {reloaded[name]['scores']} after reloading")
@@ -116,7 +137,10 @@ def example_rows(name: str, data: list[str], count: int = 4) -> list[dict[str, s
     task = get_task(name)
     rows = load_rows(task, "validation", **as_arguments(data))
     texts = ("text", "text_pair")[: len(task.fields)]
-    return [{"task": name} | {key: row[field] for key, field in zip(texts, task.fields, strict=True)} for row in rows[:count]]
+    return [
+        {"task": name} | {key: row[field] for key, field in zip(texts, task.fields, strict=True)}
+        for row in rows[:count]
+    ]
 
 
 def _row(name: str, run: dict[str, Any], reloaded: dict[str, Any]) -> tuple[str, ...]:
@@ -129,7 +153,10 @@ def _caption(run: dict[str, Any], seconds: float) -> str:
     rows = f"{run['n_train']:,} training rows, {run['n_validation']:,} validation rows"
     kind = "" if run["data"] == "glue" else ", GENERATED"
     cost = "peak MB: memory of the training process above its imports"
-    return f"{run['task']}{kind}: {rows}, {run['epochs']} epochs, seed {run['seed']}; {cost}. The demo took {seconds:.0f} s."
+    return (
+        f"{run['task']}{kind}: {rows}, {run['epochs']} epochs, seed {run['seed']}; {cost}. The demo took "
+        f"{seconds:.0f} s."
+    )
 
 
 if __name__ == "__main__":

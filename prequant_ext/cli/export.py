@@ -12,7 +12,8 @@ from prequant_ext.cli.models import merge
 from prequant_ext.cli.options import AsJson, Overwrite, megabytes, refuse_existing
 
 export = typer.Typer(
-    help="Write a quantized directory for programs without this package: float weights (hf), from which other converters go on, or ONNX. "
+    help="Write a quantized directory for programs without this package: float weights (hf), from which other "
+    "converters go on, or ONNX. "
     "GGUF and compressed-tensors have no place for outlier dimensions.",
     no_args_is_help=True,
 )
@@ -29,7 +30,8 @@ def onnx(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write an ONNX file of 4-bit weights (MatMulNBits) and outlier weights, checked with onnxruntime where that is installed.
+    """Write an ONNX file of 4-bit weights (MatMulNBits) and outlier weights, checked with onnxruntime where that is
+    installed.
 
     It is weight-only: activations are float in it, those of a model with 8-bit activations, too.
     """
@@ -40,10 +42,16 @@ def onnx(
 
         written = directory.export_onnx_directory(model, task_file, out)
         if written.drops_activation_bits:
-            say("activations are float in the file: MatMulNBits has no 8-bit ones, so its results differ from this model's by what they round")
+            say(
+                "activations are float in the file: MatMulNBits has no 8-bit ones, so its results differ from this "
+                "model's by what they round"
+            )
         if as_json:
             return show_json({"out": str(out), **dataclasses.asdict(written)})
         checked = "not checked: onnxruntime is not installed"
         if written.difference is not None:
-            checked = f"within {written.difference:.1e} of the weight-only model in onnxruntime, {written.relative:.1e} of the largest value"
+            checked = (
+                f"within {written.difference:.1e} of the weight-only model in onnxruntime, "
+                f"{written.relative:.1e} of the largest value"
+            )
         say(f"wrote {out}, {megabytes(written.bytes)}, {checked}")

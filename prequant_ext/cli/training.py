@@ -31,19 +31,28 @@ def finetune(
     out: Out,
     data_dir: DataDir = None,
     data: Data = Source.glue,
-    method: Annotated[Method, typer.Option(help="prequant: outlier weights and head; ft: every weight of a float model")] = Method.prequant,
+    method: Annotated[
+        Method, typer.Option(help="prequant: outlier weights and head; ft: every weight of a float model")
+    ] = Method.prequant,
     epochs: Annotated[int, typer.Option(help="the best one by validation score is kept")] = 3,
-    lr: Annotated[float | None, typer.Option(help="first learning rate, falling linearly to 0 (default: 5e-3 for prequant, 5e-5 for ft)")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="first learning rate, falling linearly to 0 (default: 5e-3 for prequant, 5e-5 for ft)"),
+    ] = None,
     batch_size: int = 32,
     max_length: Annotated[int, typer.Option(help="tokens of an example")] = 128,
-    max_train: Annotated[int | None, typer.Option(help="training rows: the first of a shuffle that is the same for every run (default: all)")] = None,
+    max_train: Annotated[
+        int | None,
+        typer.Option(help="training rows: the first of a shuffle that is the same for every run (default: all)"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the head, the order of examples and dropout")] = 0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune for a task. A run that was killed goes on from its last epoch when the same command is started again.
 
-    prequant writes OUT/TASK.task (outlier weights and head); ft writes OUT as a whole model. Both write OUT/results.json.
+    prequant writes OUT/TASK.task (outlier weights and head); ft writes OUT as a whole model. Both write
+    OUT/results.json.
     """
     with exit_codes():
         quiet_libraries()
@@ -53,7 +62,9 @@ def finetune(
         refuse_existing(out / f"{task.value}.task" if method == Method.prequant else out, overwrite)
         path = resolve_model(model)
         path = os.path.abspath(path) if os.path.isdir(path) else path
-        settings = train.Settings(path, task.value, method.value, data.value, data_dir, epochs, lr, seed, batch_size, max_length, max_train)
+        settings = train.Settings(
+            path, task.value, method.value, data.value, data_dir, epochs, lr, seed, batch_size, max_length, max_train
+        )
         # Beside OUT, not in it: a full model's OUT appears only when it is complete.
         work_dir = out.with_name(f"{out.name}.{task.value}-unfinished")
         tuned, tokenizer, result = train.fine_tune(settings, work_dir, start_anew=overwrite)
@@ -76,7 +87,12 @@ def _write_task(model: Any, name: str, out: Path, result: "RunResult") -> None:
     from prequant_ext.task import save_task
 
     out.mkdir(parents=True, exist_ok=True)
-    facts = {"data": result.data, "num_labels": str(TASKS[name].num_labels), "max_length": str(result.max_length), "score": repr(result.score)}
+    facts = {
+        "data": result.data,
+        "num_labels": str(TASKS[name].num_labels),
+        "max_length": str(result.max_length),
+        "score": repr(result.score),
+    }
     save_task(model, name, out / f"{name}.task", facts)
 
 
@@ -123,6 +139,15 @@ def evaluate(
 
         scores, length = directory.evaluate_directory(model, task.value, task_file, data_dir, data.value, max_length)
         if as_json:
-            show_json({"model": model, "task": task.value, "data": data.value, "max_length": length, "scores": scores, "score": next(iter(scores.values()))})
+            show_json(
+                {
+                    "model": model,
+                    "task": task.value,
+                    "data": data.value,
+                    "max_length": length,
+                    "scores": scores,
+                    "score": next(iter(scores.values())),
+                }
+            )
         else:
             show(("metric", task.value), [(name, f"{100 * value:.2f}") for name, value in scores.items()])

@@ -9,7 +9,8 @@ from torch.utils.data import Sampler
 from prequant_ext.glue.tasks import Row, Task
 
 Example = dict[str, Any]
-MEGA_BATCHES = 50  # batches that are sorted by length together: enough to save most padding, few enough to keep the order random
+# batches that are sorted by length together: enough to save most padding, few enough to keep the order random
+MEGA_BATCHES = 50
 
 
 def encode(rows: Sequence[Row], tokenizer: Any, task: Task, max_length: int) -> list[Example]:
@@ -18,11 +19,15 @@ def encode(rows: Sequence[Row], tokenizer: Any, task: Task, max_length: int) -> 
         raise ValueError(f"max_length must be at least 2, got {max_length}")
     texts = [[row[field] for row in rows] for field in task.fields]
     encoded = tokenizer(*texts, truncation=True, max_length=max_length)
-    return [{key: values[i] for key, values in encoded.items()} | {"labels": row["label"]} for i, row in enumerate(rows)]
+    return [
+        {key: values[i] for key, values in encoded.items()} | {"labels": row["label"]} for i, row in enumerate(rows)
+    ]
 
 
 def by_length(examples: Sequence[Example]) -> list[int]:
-    """Indices from the longest example to the shortest, ties in order: evaluation reads examples so, with little padding and its peak at the start."""
+    """Indices from the longest example to the shortest, ties in order: evaluation reads examples so, with little
+    padding and its peak at the start.
+    """
     return sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
 
 
@@ -32,7 +37,11 @@ class Collator:
     def __init__(self, tokenizer: Any) -> None:
         if tokenizer.pad_token_id is None:
             raise ValueError("tokenizer must have a pad token: batches are padded to their longest example")
-        self.padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id, "attention_mask": 0}
+        self.padding = {
+            "input_ids": tokenizer.pad_token_id,
+            "token_type_ids": tokenizer.pad_token_type_id,
+            "attention_mask": 0,
+        }
         self.pads_left = tokenizer.padding_side == "left"
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
@@ -51,10 +60,12 @@ class Collator:
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Every index once an epoch, so that ``batch_size`` consecutive ones have similar lengths; batches come in random order.
+    """Every index once an epoch, so that ``batch_size`` consecutive ones have similar lengths; batches come in random
+    order.
 
     The order is a function of (seed, epoch) alone: a resumed run sees what an uninterrupted one would have seen.
-    transformers' own sampler leaves each mega-batch sorted from long to short, which ties the length of a batch to the learning rate of its step.
+    transformers' own sampler leaves each mega-batch sorted from long to short, which ties the length of a batch to the
+    learning rate of its step.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:

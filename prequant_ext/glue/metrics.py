@@ -10,7 +10,8 @@ from sklearn import metrics as sk
 
 
 def _correlation(kind: Callable, labels: np.ndarray, predictions: np.ndarray) -> float:
-    # Constant predictions (or labels) have no correlation; scipy says NaN, which would compare as neither better nor worse.
+    # Constant predictions (or labels) have no correlation; scipy says NaN, which would compare as neither better nor
+    # worse.
     if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
         return 0.0
     value = float(kind(labels, predictions).statistic)
@@ -37,13 +38,21 @@ def predictions_of(logits: np.ndarray, num_labels: int) -> np.ndarray:
 
 
 def pack(values: Sequence[float] | np.ndarray, is_regression: bool) -> str:
-    """One digit for each class index, or comma-separated numbers of a regression: predictions and labels inside a JSON line."""
-    return ",".join(f"{value:.4f}" for value in values) if is_regression else "".join(str(int(value)) for value in values)
+    """One digit for each class index, or comma-separated numbers of a regression: predictions and labels inside a JSON
+    line.
+    """
+    return (
+        ",".join(f"{value:.4f}" for value in values) if is_regression else "".join(str(int(value)) for value in values)
+    )
 
 
 def unpack(packed: str, is_regression: bool) -> np.ndarray:
     """The inverse of :func:`pack`."""
-    return np.array([float(value) for value in packed.split(",")]) if is_regression else np.array([int(digit) for digit in packed])
+    return (
+        np.array([float(value) for value in packed.split(",")])
+        if is_regression
+        else np.array([int(digit) for digit in packed])
+    )
 
 
 def score(names: Sequence[str], labels: Sequence[float], predictions: Sequence[float] | np.ndarray) -> dict[str, float]:
@@ -53,15 +62,19 @@ def score(names: Sequence[str], labels: Sequence[float], predictions: Sequence[f
     """
     truth, answers = np.asarray(labels), np.asarray(predictions)
     if truth.shape != answers.shape or not truth.size:
-        raise ValueError(f"predictions has shape {answers.shape} but labels has {truth.shape}; both must be (M,) with M > 0")
+        raise ValueError(
+            f"predictions has shape {answers.shape} but labels has {truth.shape}; both must be (M,) with M > 0"
+        )
     return {name: METRICS[name](truth, answers) for name in names}
 
 
-def paired_bootstrap(first: np.ndarray, second: np.ndarray, resamples: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
+def paired_bootstrap(
+    first: np.ndarray, second: np.ndarray, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
     """Mean of ``first - second`` over all seeds and examples, with its 95 % interval from resampling the examples.
 
-    first, second   (seeds, examples) 0/1 correctness of two methods on the same examples: a seed's rows stay together with their example, since
-                    the examples are the sample and the seeds are repeated looks at it
+    first, second   (seeds, examples) 0/1 correctness of two methods on the same examples: a seed's rows stay together
+                    with their example, since the examples are the sample and the seeds are repeated looks at it
 
     Returns (difference, low, high). Raises ValueError where the shapes differ.
     """
@@ -75,7 +88,8 @@ def paired_bootstrap(first: np.ndarray, second: np.ndarray, resamples: int = 10_
 
 @lru_cache(maxsize=2)
 def _resampled(examples: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each resample draws each example, (resamples, examples): a multinomial's counts are the same resampling as drawing indices.
+    """How often each resample draws each example, (resamples, examples): a multinomial's counts are the same resampling
+    as drawing indices.
 
     Kept, since the rows of a table compare on the same examples; a count is small, and the array is not.
     """

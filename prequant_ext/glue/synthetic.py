@@ -1,6 +1,8 @@
-"""A generated task in the shape of any GLUE task: for trying the commands without data, and used only when asked for by name.
+"""A generated task in the shape of any GLUE task: for trying the commands without data, and used only when asked for by
+name.
 
-The label is the topic that most words of the first text belong to (a regression's: the share of words of topic 0, times 5). It says nothing about GLUE.
+The label is the topic that most words of the first text belong to (a regression's: the share of words of topic 0, times
+5). It says nothing about GLUE.
 """
 
 import random
@@ -11,7 +13,23 @@ TOPICS = (
     ["engine", "circuit", "hammer", "bolt", "wire", "motor", "switch", "valve", "piston", "gear"],
     ["violin", "melody", "rhythm", "chorus", "concert", "trumpet", "singer", "tempo", "harmony", "drum"],
 )
-FILLERS = ["the", "a", "of", "and", "near", "with", "under", "some", "every", "this", "old", "small", "quiet", "one", "other"]
+FILLERS = [
+    "the",
+    "a",
+    "of",
+    "and",
+    "near",
+    "with",
+    "under",
+    "some",
+    "every",
+    "this",
+    "old",
+    "small",
+    "quiet",
+    "one",
+    "other",
+]
 ROWS = {"train": 512, "validation": 128}
 TOP_LABEL = 5.0
 
@@ -31,7 +49,8 @@ def _row(rng: random.Random, fields: tuple[str, ...], num_labels: int, number: i
     else:
         label = number % num_labels
         other = (label + rng.randrange(1, num_labels)) % num_labels
-        topics = [label] * 3 + [other] * rng.randrange(2)  # a minority word of another topic: one word alone must not give the answer away
+        # a minority word of another topic: one word alone must not give the answer away
+        topics = [label] * 3 + [other] * rng.randrange(2)
     words = [rng.choice(TOPICS[topic]) for topic in topics] + rng.choices(FILLERS, k=rng.randrange(2, 9))
     rng.shuffle(words)
     texts = {field: " ".join(rng.choices(FILLERS, k=rng.randrange(3, 7))) for field in fields[1:]}

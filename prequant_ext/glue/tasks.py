@@ -46,10 +46,14 @@ class Task:
         is_number = isinstance(label, int | float) and not isinstance(label, bool) and math.isfinite(label)
         if self.is_regression:
             if not is_number or not 0 <= label <= self.top_label:
-                raise ValueError(f"{where}: label of {self.name} must be a number from 0 to {self.top_label:g}, got {label!r}")
+                raise ValueError(
+                    f"{where}: label of {self.name} must be a number from 0 to {self.top_label:g}, got {label!r}"
+                )
             return float(label)
         if not is_number or label not in range(self.num_labels):
-            raise ValueError(f"{where}: label of {self.name} must be an integer from 0 to {self.num_labels - 1}, got {label!r}")
+            raise ValueError(
+                f"{where}: label of {self.name} must be an integer from 0 to {self.num_labels - 1}, got {label!r}"
+            )
         return int(label)
 
 
@@ -63,7 +67,13 @@ TASKS: dict[str, Task] = {
         Task("mrpc", _PAIR, metrics=("accuracy", "f1"), label_names=("not_equivalent", "equivalent")),
         Task("stsb", _PAIR, num_labels=1, metrics=("spearman", "pearson")),
         Task("qqp", ("question1", "question2"), metrics=("accuracy", "f1"), label_names=("not_duplicate", "duplicate")),
-        Task("mnli", ("premise", "hypothesis"), num_labels=3, hub_validation="validation_matched", label_names=("entailment", "neutral", "contradiction")),
+        Task(
+            "mnli",
+            ("premise", "hypothesis"),
+            num_labels=3,
+            hub_validation="validation_matched",
+            label_names=("entailment", "neutral", "contradiction"),
+        ),
         Task("qnli", ("question", "sentence"), label_names=_ENTAILMENT),
         Task("rte", _PAIR, label_names=_ENTAILMENT),
     )
@@ -83,13 +93,17 @@ def resolve_data_dir(data_dir: str | os.PathLike | None) -> Path | None:
     return Path(chosen) if chosen else None
 
 
-def load_rows(task: Task, split: str, data_dir: str | os.PathLike | None = None, source: str = "glue", max_rows: int | None = None) -> list[Row]:
+def load_rows(
+    task: Task, split: str, data_dir: str | os.PathLike | None = None, source: str = "glue", max_rows: int | None = None
+) -> list[Row]:
     """Rows of one split: the task's text fields and a checked ``label``.
 
-    source "glue": ``<data_dir>/<task>/<split>.jsonl`` or ``.jsonl.gz`` where a folder is named, the hub's data set otherwise; "synthetic": generated rows.
-    ``max_rows``: the first rows of a shuffle that depends on nothing else, so that every seed and method trains on the same ones.
+    source "glue": ``<data_dir>/<task>/<split>.jsonl`` or ``.jsonl.gz`` where a folder is named, the hub's data set
+    otherwise; "synthetic": generated rows. ``max_rows``: the first rows of a shuffle that depends on nothing else, so
+    that every seed and method trains on the same ones.
 
-    Raises FileNotFoundError naming what was looked for; ValueError naming file and line of a broken row, a missing field or a label outside the task's range.
+    Raises FileNotFoundError naming what was looked for; ValueError naming file and line of a broken row, a missing
+    field or a label outside the task's range.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -158,7 +172,10 @@ def _hub_rows(task: Task, split: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = datasets.load_dataset(HUB_DATASET, task.name, split=hub_split)
     except (OSError, ValueError) as error:  # no network, no such data set, nothing cached
-        message = f"no {split} rows of {task.name}: looked for {name} on the hub ({error}); name a local folder with --data-dir or {DATA_DIR_VARIABLE}"
+        message = (
+            f"no {split} rows of {task.name}: looked for {name} on the hub ({error}); name a local folder with "
+            f"--data-dir or {DATA_DIR_VARIABLE}"
+        )
         raise FileNotFoundError(message) from error
     for number, row in enumerate(rows):
         yield f"{name}, row {number}", row

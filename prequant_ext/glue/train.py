@@ -1,4 +1,6 @@
-"""Fine-tuning on transformers.Trainer: through the outlier dimensions of a pre-quantized model, fully, or by another method of baselines, by the same rules."""
+"""Fine-tuning on transformers.Trainer: through the outlier dimensions of a pre-quantized model, fully, or by another
+method of baselines, by the same rules.
+"""
 
 import dataclasses
 import json
@@ -27,7 +29,16 @@ from prequant_ext.glue import metrics
 from prequant_ext.glue.batches import Collator, Example, by_length, encode
 from prequant_ext.glue.models import load_model, make_ready
 from prequant_ext.glue.tasks import Task, get_task, load_rows
-from prequant_ext.glue.trainer import BEST_FILE, DONE_MARKER, GlueTrainer, Progress, Recorder, last_checkpoint, load_trained, trained_tensors
+from prequant_ext.glue.trainer import (
+    BEST_FILE,
+    DONE_MARKER,
+    GlueTrainer,
+    Progress,
+    Recorder,
+    last_checkpoint,
+    load_trained,
+    trained_tensors,
+)
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import quantize_model
 
@@ -54,7 +65,8 @@ class Settings:
     model          a directory or a hub name
     lr             None: LEARNING_RATES of the method; of ptq, that of its full fine-tuning
     first_lr       of the full fine-tuning that prequant_ticket begins with; None: LEARNING_RATES of ft
-    quantization   the PreQuantConfig of methods that quantize; None: its defaults, but for prequant and prequant_alpha, whose model is then quantized already
+    quantization   the PreQuantConfig of methods that quantize; None: its defaults, but for prequant and prequant_alpha,
+                   whose model is then quantized already
     options        of the method: settings of baselines.Options by name, config, calibration and tuned apart
     l1_strength    ft: of the L1 distance to the pre-trained weights that is added to the loss
     """
@@ -89,9 +101,15 @@ class Settings:
         if self.method in FLOAT_METHODS and self.quantization is not None:
             raise ValueError(f"method {self.method} trains a float model; quantization must be None")
         if not self.l1_strength >= 0 or (self.l1_strength > 0 and self.method != "ft"):
-            raise ValueError(f"l1_strength must be at least 0, and 0 unless the method is ft, got {self.l1_strength} with {self.method}")
+            raise ValueError(
+                f"l1_strength must be at least 0, and 0 unless the method is ft, got {self.l1_strength} with "
+                f"{self.method}"
+            )
         if self.first_lr is not None and METHODS[self.method].begins_with != "ticket":
-            raise ValueError(f"first_lr is of a full fine-tuning that comes first, and {self.method} begins with none; got {self.first_lr}")
+            raise ValueError(
+                f"first_lr is of a full fine-tuning that comes first, and {self.method} begins with none; got "
+                f"{self.first_lr}"
+            )
 
     def first_run(self) -> "Settings | None":
         """The full fine-tuning that the method begins with."""
@@ -100,7 +118,9 @@ class Settings:
             return None
         is_ticket = begins_with == "ticket"
         lr, strength = (self.first_lr, L1_STRENGTH) if is_ticket else (self.lr, 0.0)
-        return dataclasses.replace(self, method="ft", lr=lr, first_lr=None, quantization=None, options=None, l1_strength=strength)
+        return dataclasses.replace(
+            self, method="ft", lr=lr, first_lr=None, quantization=None, options=None, l1_strength=strength
+        )
 
     @property
     def learning_rate(self) -> float:
@@ -109,7 +129,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run as one line: what was asked, what it scored, what it cost. Scores are fractions of 1, of the best epoch."""
+    """One run as one line: what was asked, what it scored, what it cost.
+    Scores are fractions of 1, of the best epoch.
+    """
 
     task: str
     method: str
@@ -133,7 +155,8 @@ class RunResult:
     data: str
     quantization: dict[str, Any] | None
     quantization_error: float | None  # sqrt(sum (w' - w)^2) over the matrices that were quantized in this run
-    overlap: float | None  # Jaccard, of the dimensions with those that have most outliers, mean over matrices; None where those were chosen
+    # Jaccard, of the dimensions with those that have most outliers, mean over matrices; None where those were chosen
+    overlap: float | None
     environment: dict[str, Any]
     predictions: str  # of the best epoch, one for each validation example in file order; see metrics.pack
     labels: str
@@ -168,14 +191,17 @@ def _arguments(settings: Settings, folder: Path, saves: bool) -> TrainingArgumen
     )
 
 
-def fine_tune(settings: Settings, work_dir: str | os.PathLike | None = None, start_anew: bool = False) -> tuple[PreTrainedModel, Any, RunResult]:
+def fine_tune(
+    settings: Settings, work_dir: str | os.PathLike | None = None, start_anew: bool = False
+) -> tuple[PreTrainedModel, Any, RunResult]:
     """Fine-tune by ``settings``; returns the model with the weights of its best epoch, its tokenizer and the result.
 
-    ``work_dir``: the folder for checkpoints. A run that was killed goes on from its last epoch when started again with the same settings, and ends with
-    the same weights; ``start_anew`` throws away what other settings left there. None: no checkpoints, and the model keeps the weights of its last epoch
-    (the result is still of the best).
+    ``work_dir``: the folder for checkpoints. A run that was killed goes on from its last epoch when started again with
+    the same settings, and ends with the same weights; ``start_anew`` throws away what other settings left there. None:
+    no checkpoints, and the model keeps the weights of its last epoch (the result is still of the best).
 
-    Raises FileNotFoundError for missing data or models; ValueError for wrong settings or data, or where ``work_dir`` belongs to other settings.
+    Raises FileNotFoundError for missing data or models; ValueError for wrong settings or data, or where ``work_dir``
+    belongs to other settings.
     """
     task = get_task(settings.task)
     limits = {"train": settings.max_train, "validation": None}
@@ -204,7 +230,9 @@ def fine_tune(settings: Settings, work_dir: str | os.PathLike | None = None, sta
         resumed = None if folder is None else last_checkpoint(folder)
         if resumed is not None:
             history = json.loads((resumed / DONE_MARKER).read_text())["log_history"]
-            recorder.resume([entry[f"eval_{task.metrics[0]}"] for entry in history if f"eval_{task.metrics[0]}" in entry])
+            recorder.resume(
+                [entry[f"eval_{task.metrics[0]}"] for entry in history if f"eval_{task.metrics[0]}" in entry]
+            )
         begin = time.perf_counter()
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         seconds = time.perf_counter() - begin
@@ -254,13 +282,22 @@ def _ready_model(
     """The model as the method wants it, its tokenizer, and the result of the run that came first, if one does."""
     method, wanted = METHODS[settings.method], settings.first_run()
     begun = None if wanted is None else fine_tune(wanted, None if folder is None else folder / "first", start_anew)
-    model, tokenizer = begun[:2] if begun is not None and method.begins_with == "ft" else load_model(settings.model, task, settings.seed)
+    model, tokenizer = (
+        begun[:2]
+        if begun is not None and method.begins_with == "ft"
+        else load_model(settings.model, task, settings.seed)
+    )
     options = None
     if settings.quantization is not None or settings.method not in ("prequant", "prequant_alpha"):
         calibration: list[dict[str, torch.Tensor]] = []
         if method.needs_calibration:
-            examples, collate = encode(train_rows[:CALIBRATION_ROWS], tokenizer, task, settings.max_length), Collator(tokenizer)
-            calibration = [collate(examples[i : i + CALIBRATION_BATCH]) for i in range(0, len(examples), CALIBRATION_BATCH)]
+            examples, collate = (
+                encode(train_rows[:CALIBRATION_ROWS], tokenizer, task, settings.max_length),
+                Collator(tokenizer),
+            )
+            calibration = [
+                collate(examples[i : i + CALIBRATION_BATCH]) for i in range(0, len(examples), CALIBRATION_BATCH)
+            ]
         tuned = begun[0] if begun is not None and method.begins_with == "ticket" else None
         config = PreQuantConfig.from_dict(settings.quantization or {})
         options = Options(config=config, calibration=calibration, tuned=tuned, **(settings.options or {}))
@@ -268,7 +305,9 @@ def _ready_model(
     return model, tokenizer, None if begun is None else begun[2]
 
 
-def _untrained(model: PreTrainedModel, tokenizer: Any, settings: Settings, first: RunResult, rows: Sequence[dict[str, Any]]) -> RunResult:
+def _untrained(
+    model: PreTrainedModel, tokenizer: Any, settings: Settings, first: RunResult, rows: Sequence[dict[str, Any]]
+) -> RunResult:
     """The result of a method that trains nothing after the run that came first, whose costs it has."""
     task = get_task(settings.task)
     model.eval()
@@ -314,19 +353,28 @@ def _claim(folder: Path, settings: Settings, start_anew: bool) -> Path:
     record = folder / SETTINGS_FILE
     if record.exists():
         found = json.loads(record.read_text())
-        different = [f"{key} {found.get(key)!r} there, {wanted[key]!r} here" for key in wanted if found.get(key) != wanted[key]]
+        different = [
+            f"{key} {found.get(key)!r} there, {wanted[key]!r} here" for key in wanted if found.get(key) != wanted[key]
+        ]
         if different and start_anew:
             shutil.rmtree(folder)
         elif different:
-            raise ValueError(f"{folder} holds an unfinished run with other settings ({'; '.join(different)}): finish it, or remove that folder")
+            raise ValueError(
+                f"{folder} holds an unfinished run with other settings ({'; '.join(different)}): finish it, or remove "
+                "that folder"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(wanted))
     return folder
 
 
 @torch.no_grad()
-def predict(model: PreTrainedModel, tokenizer: Any, task: Task, rows: Sequence[dict[str, Any]], max_length: int) -> np.ndarray:
-    """Predictions (M,) in the order of ``rows``: the batches are those of training's evaluations, so the same weights give the same numbers."""
+def predict(
+    model: PreTrainedModel, tokenizer: Any, task: Task, rows: Sequence[dict[str, Any]], max_length: int
+) -> np.ndarray:
+    """Predictions (M,) in the order of ``rows``: the batches are those of training's evaluations, so the same weights
+    give the same numbers.
+    """
     model.eval()
     examples: list[Example] = encode(rows, tokenizer, task, max_length)
     order, collate = by_length(examples), Collator(tokenizer)
@@ -342,4 +390,6 @@ def evaluate(model: PreTrainedModel, tokenizer: Any, settings: Settings) -> dict
     """The task's metrics on its validation rows."""
     task = get_task(settings.task)
     rows = load_rows(task, "validation", settings.data_dir, settings.data)
-    return metrics.score(task.metrics, [row["label"] for row in rows], predict(model, tokenizer, task, rows, settings.max_length))
+    return metrics.score(
+        task.metrics, [row["label"] for row in rows], predict(model, tokenizer, task, rows, settings.max_length)
+    )

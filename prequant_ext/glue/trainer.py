@@ -1,4 +1,6 @@
-"""transformers.Trainer as this project uses it: batches of similar length, checkpoints of what is trained, the best epoch kept."""
+"""transformers.Trainer as this project uses it: batches of similar length, checkpoints of what is trained, the best
+epoch kept.
+"""
 
 import json
 import math
@@ -21,13 +23,15 @@ from prequant_ext.glue.tasks import Task
 
 TRAINED_FILE = "trained.safetensors"
 BEST_FILE = "best.safetensors"
-DONE_MARKER = "trainer_state.json"  # the last file that Trainer writes into a checkpoint: without it the checkpoint is half of one
+# the last file that Trainer writes into a checkpoint: without it the checkpoint is half of one
+DONE_MARKER = "trainer_state.json"
 
 
 class GlueTrainer(Trainer):
     """Trainer with batches of similar length, and checkpoints that hold what is trained instead of the whole model.
 
-    The rest of the model is the base, which is on disk already and never changes; a checkpoint of PreQuant is as small as its task.
+    The rest of the model is the base, which is on disk already and never changes; a checkpoint of PreQuant is as small
+    as its task.
     """
 
     penalty: Callable[[], torch.Tensor] | None = None  # added to the loss
@@ -40,7 +44,9 @@ class GlueTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         examples = self.train_dataset if train_dataset is None else train_dataset
-        return LengthGroupedSampler([len(example["input_ids"]) for example in examples], self.args.train_batch_size, self.args.seed)
+        return LengthGroupedSampler(
+            [len(example["input_ids"]) for example in examples], self.args.train_batch_size, self.args.seed
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -52,7 +58,9 @@ class GlueTrainer(Trainer):
 
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter.detach().contiguous() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
 @torch.no_grad()
@@ -60,7 +68,9 @@ def load_trained(model: torch.nn.Module, path: Path) -> None:
     """Put the tensors of ``path`` into the parameters that are trained. Raises ValueError where the names differ."""
     tensors, wanted = load_file(path), trained_tensors(model)
     if set(tensors) != set(wanted):
-        raise ValueError(f"{path} holds {len(tensors)} trained tensors but the model trains {len(wanted)}, or their names differ")
+        raise ValueError(
+            f"{path} holds {len(tensors)} trained tensors but the model trains {len(wanted)}, or their names differ"
+        )
     for name, parameter in wanted.items():
         parameter.copy_(tensors[name])
 
@@ -73,7 +83,9 @@ class Progress(TrainerCallback):
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="fine-tuning", unit="step", disable=None, leave=False)
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="fine-tuning", unit="step", disable=None, leave=False
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(1)
@@ -89,9 +101,13 @@ class Progress(TrainerCallback):
 
 
 class Recorder:
-    """The score and predictions of every epoch; with a folder, the trained tensors of the best epoch as a file that outlives the process."""
+    """The score and predictions of every epoch; with a folder, the trained tensors of the best epoch as a file that
+    outlives the process.
+    """
 
-    def __init__(self, model: torch.nn.Module, task: Task, labels: Sequence[float], order: Sequence[int], folder: Path | None) -> None:
+    def __init__(
+        self, model: torch.nn.Module, task: Task, labels: Sequence[float], order: Sequence[int], folder: Path | None
+    ) -> None:
         self.model, self.task, self.labels, self.inverse, self.folder = model, task, labels, np.argsort(order), folder
         self.latest: np.ndarray | None = None
         self.best_epoch = 0
@@ -99,7 +115,8 @@ class Recorder:
         self.best_predictions: np.ndarray | None = None
 
     def compute_metrics(self, output: Any) -> dict[str, float]:
-        # In file order, with the labels of the file: a sum in another order, or of float32 labels, differs in the last digit from evaluate()'s.
+        # In file order, with the labels of the file: a sum in another order, or of float32 labels, differs in the last
+        # digit from evaluate()'s.
         self.latest = metrics.predictions_of(output.predictions, self.task.num_labels)[self.inverse]
         return metrics.score(self.task.metrics, self.labels, self.latest)
 

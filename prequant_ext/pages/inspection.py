@@ -1,4 +1,6 @@
-"""What there is to tell of a quantized model: its matrices, the dimensions that they share, how they are clipped, what a task changed. Numbers only."""
+"""What there is to tell of a quantized model: its matrices, the dimensions that they share, how they are clipped, what
+a task changed. Numbers only.
+"""
 
 import math
 from collections import Counter
@@ -28,8 +30,10 @@ BINS = 121  # of a histogram of float weights
 class Matrix:
     """A quantized matrix. block: None where the blocks are not known; part: its name within its block.
 
-    weight      the float one (N, K), or None where only the codes are left; norm: of the float weight, else of the stored one
-    is_hidden   its outlier dimensions are dimensions of the residual stream, and can be compared with those of other matrices
+    weight      the float one (N, K), or None where only the codes are left; norm: of the float weight, else of the
+                stored one
+    is_hidden   its outlier dimensions are dimensions of the residual stream, and can be compared with those of other
+                matrices
     """
 
     row: ReportRow
@@ -52,7 +56,9 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A quantized model and its report; ``measured`` where it was quantized from float weights that are still at hand."""
+    """A quantized model and its report;
+    ``measured`` where it was quantized from float weights that are still at hand.
+    """
 
     name: str
     model: nn.Module
@@ -70,25 +76,38 @@ def inspect_float(name: str, model: nn.Module, config: PreQuantConfig) -> Inspec
     """Measure a float model, then quantize it in place. Holds both in memory. Raises ValueError as quantize_model."""
     measured = sensitivity(model, config)
     modules: dict[str, Any] = {matrix.name: model.get_submodule(matrix.name) for matrix in measured.matrices}
-    weights = {name: module.weight.detach().T if is_conv1d(module) else module.weight.detach() for name, module in modules.items()}
+    weights = {
+        name: module.weight.detach().T if is_conv1d(module) else module.weight.detach()
+        for name, module in modules.items()
+    }
     norms = {matrix.name: math.sqrt(matrix.squared_norm) for matrix in measured.matrices}
     report = quantize_model(model, config)
     return Inspection(name, model, config, report, tuple(_matrices(model, report, weights, norms)), measured)
 
 
 def inspect_quantized(name: str, model: Any, report: Report) -> Inspection:
-    """A model as it was loaded from a quantized directory, with the report that lies there. Raises ValueError where they are not of each other."""
-    return Inspection(name, model, model.config.quantization_config.config, report, tuple(_matrices(model, report, {}, {})), None)
+    """A model as it was loaded from a quantized directory, with the report that lies there. Raises ValueError where
+    they are not of each other.
+    """
+    return Inspection(
+        name, model, model.config.quantization_config.config, report, tuple(_matrices(model, report, {}, {})), None
+    )
 
 
-def _matrices(model: nn.Module, report: Report, weights: Mapping[str, Tensor], norms: Mapping[str, float]) -> Iterator[Matrix]:
+def _matrices(
+    model: nn.Module, report: Report, weights: Mapping[str, Tensor], norms: Mapping[str, float]
+) -> Iterator[Matrix]:
     family = family_of(model)
     blocks = {block.name: block for block in blocks_of(model, family)}
     rows = {row.name: row for row in report.rows if row.kind == "linear"}
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PreQuantLinear)}
-    differing = sorted({(name, row.shape) for name, row in rows.items()} ^ {(name, layer.shape) for name, layer in layers.items()})
+    differing = sorted(
+        {(name, row.shape) for name, row in rows.items()} ^ {(name, layer.shape) for name, layer in layers.items()}
+    )
     if differing:
-        raise ValueError(f"the report is of another model: report and model differ in {differing[0][0]} {differing[0][1]}")
+        raise ValueError(
+            f"the report is of another model: report and model differ in {differing[0][0]} {differing[0][1]}"
+        )
     for name, layer in layers.items():
         block = block_holding(name, blocks)
         part = name.removeprefix(f"{block.name}.") if block else name
@@ -97,7 +116,7 @@ def _matrices(model: nn.Module, report: Report, weights: Mapping[str, Tensor], n
         yield Matrix(rows[name], layer, block, part, is_hidden, weights.get(name), norm)
 
 
-# ---- outlier dimensions -------------------------------------------------------------------------------------------------
+# ---- outlier dimensions ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -129,7 +148,9 @@ class Recurrence:
 
 
 def recurrences(inspection: Inspection) -> list[Recurrence]:
-    """One a stack: encoder and decoder have a residual stream each. Empty without outlier dimensions, or where no matrix is known to have them in a stream."""
+    """One a stack: encoder and decoder have a residual stream each. Empty without outlier dimensions, or where no
+    matrix is known to have them in a stream.
+    """
     hidden = [matrix for matrix in inspection.matrices if matrix.is_hidden and matrix.layer.r]
     found = []
     for stack in dict.fromkeys(matrix.block.stack for matrix in hidden if matrix.block):
@@ -154,7 +175,7 @@ def _strengths(matrix: Matrix) -> dict[int, float]:
     return {dim: norm / math.sqrt(length) / mean if mean else 0.0 for dim, norm in zip(matrix.dims, norms, strict=True)}
 
 
-# ---- histograms ---------------------------------------------------------------------------------------------------------
+# ---- histograms ------------------------------------------------------------------------------------------------------
 
 
 class ClipRange(NamedTuple):
@@ -178,10 +199,12 @@ def _ranges(layer: PreQuantLinear) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of weights between ``edges``: those held as codes, and those of the outlier dimensions, which are not clipped.
+    """Counts of weights between ``edges``: those held as codes, and those of the outlier dimensions, which are not
+    clipped.
 
     beyond   the weights outside of the edges, which are counted in the outermost bins
-    clipped  of float weights, the share of those held as codes that lie beyond the range by more than rounding explains, half a step
+    clipped  of float weights, the share of those held as codes that lie beyond the range by more than rounding
+             explains, half a step
     """
 
     edges: np.ndarray
@@ -192,12 +215,17 @@ class Histogram:
 
 
 def histogram(matrix: Matrix) -> Histogram:
-    """Of the float weights; where they are gone, of the values of the codes, a bin a code. Up to one width of the clip range to either side of it."""
+    """Of the float weights; where they are gone, of the values of the codes, a bin a code. Up to one width of the clip
+    range to either side of it.
+    """
     layer, axis, reach = matrix.layer, AXES[matrix.layer.axis], clip_range(matrix.layer)
     dense = layer.dequantize() if matrix.weight is None else matrix.weight.float()
     is_outlier = torch.zeros(dense.shape[axis], dtype=torch.bool, device=dense.device)
     is_outlier[layer.outlier_dims] = True
-    as_codes, outliers = (dense.index_select(axis, index.nonzero().flatten()).flatten().cpu().numpy() for index in (~is_outlier, is_outlier))
+    as_codes, outliers = (
+        dense.index_select(axis, index.nonzero().flatten()).flatten().cpu().numpy()
+        for index in (~is_outlier, is_outlier)
+    )
     margin = reach.high - reach.low
     low, high = max(dense.min().item(), reach.low - margin), min(dense.max().item(), reach.high + margin)
     if matrix.weight is None and reach.scales == 1:
@@ -205,7 +233,9 @@ def histogram(matrix: Matrix) -> Histogram:
         edges = (np.arange(round(low / step), round(high / step) + 2) - 0.5) * step
     else:
         edges = np.linspace(low, high if high > low else low + margin, BINS + 1)
-    codes, outlier_counts = (np.histogram(values.clip(edges[0], edges[-1]), edges)[0] for values in (as_codes, outliers))
+    codes, outlier_counts = (
+        np.histogram(values.clip(edges[0], edges[-1]), edges)[0] for values in (as_codes, outliers)
+    )
     beyond = dense[(dense < edges[0]) | (dense > edges[-1])]
     clipped = None if matrix.weight is None else _clipped_share(layer, dense, is_outlier)
     return Histogram(edges, codes, outlier_counts, tuple(sorted(beyond.tolist())), clipped)
@@ -227,12 +257,14 @@ def telling(matrices: Sequence[Matrix]) -> list[tuple[str, Matrix]]:
     return [(chosen[i], ranked[i]) for i in sorted(chosen)]
 
 
-# ---- tasks --------------------------------------------------------------------------------------------------------------
+# ---- tasks -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TaskChange:
-    """What a task made of the outlier weights. norms: of each matrix, the norm of each slice's change; base_norm: of the base's outlier weights."""
+    """What a task made of the outlier weights. norms: of each matrix, the norm of each slice's change; base_norm: of
+    the base's outlier weights.
+    """
 
     name: str
     file: str
@@ -248,20 +280,26 @@ class TaskChange:
 def task_changes(inspection: Inspection, paths: Sequence[Path]) -> list[TaskChange]:
     """The change that each task file makes to the outlier weights of the model, whose base must be the file's.
 
-    Raises FileNotFoundError and ValueError as read_task; ValueError for another base, and for outlier weights that are missing or of another shape.
+    Raises FileNotFoundError and ValueError as read_task; ValueError for another base, and for outlier weights that are
+    missing or of another shape.
     """
     base = fingerprint(inspection.model)
     changes = []
     for path in paths:
         metadata, tensors = read_task(path)
         if metadata["base_fingerprint"] != base:
-            raise ValueError(f"{path} was trained on the base {metadata['base_fingerprint']} but the model's base is {base}")
+            raise ValueError(
+                f"{path} was trained on the base {metadata['base_fingerprint']} but the model's base is {base}"
+            )
         changes.append(_change(inspection, Path(path), metadata, tensors))
     return changes
 
 
-def _change(inspection: Inspection, path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> TaskChange:
-    prefix = f"{getattr(inspection.model, 'base_model_prefix', '')}."  # which a task model puts before the names of its backbone
+def _change(
+    inspection: Inspection, path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> TaskChange:
+    # which a task model puts before the names of its backbone
+    prefix = f"{getattr(inspection.model, 'base_model_prefix', '')}."
     by_name = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     norms, base_norms = [], []
     for matrix in inspection.matrices:

@@ -62,7 +62,9 @@ OneOrSeveral = Annotated[
 
 
 async def predict(body: OneOrSeveral, serving: Shared) -> JSONResponse:
-    """The answer to a query, or the answers to a list of them, in its order. All of a request is answered, or none of it."""
+    """The answer to a query, or the answers to a list of them, in its order. All of a request is answered, or none of
+    it.
+    """
     bodies = body if isinstance(body, list) else [body]
     _check_sizes(bodies, serving.settings)
     queries = [Query(**one.model_dump()) for one in bodies]
@@ -93,7 +95,7 @@ def _check_texts(query: Query, backbone: Backbone) -> None:
         raise HTTPException(422, f"task {task.name!r} takes {wanted}")
 
 
-# ---- tasks -----------------------------------------------------------------------------------------------------------------
+# ---- tasks -----------------------------------------------------------------------------------------------------------
 
 
 async def list_tasks(serving: Shared) -> JSONResponse:
@@ -103,8 +105,9 @@ async def list_tasks(serving: Shared) -> JSONResponse:
 
 
 async def put_task(name: str, request: Request, serving: Shared) -> JSONResponse:
-    """Load a task, or replace the one of this name: from ``{"file": "..."}`` in the server's folder of task files, or from an uploaded one
-    (application/octet-stream). Queries that were accepted before are answered by what was there."""
+    """Load a task, or replace the one of this name: from ``{"file": "..."}`` in the server's folder of task files, or
+    from an uploaded one (application/octet-stream). Queries that were accepted before are answered by what was there.
+    """
     folder = _folder_of_tasks(serving)
     try:
         check_task_name(name)
@@ -122,7 +125,10 @@ async def put_task(name: str, request: Request, serving: Shared) -> JSONResponse
                     file.write(chunk)
             found = await _read(serving.backbone, path, name, "the uploaded file")
     else:
-        raise HTTPException(415, f'content-type must be application/json with {{"file": "..."}} or application/octet-stream, got {kind!r}')
+        raise HTTPException(
+            415,
+            f'content-type must be application/json with {{"file": "..."}} or application/octet-stream, got {kind!r}',
+        )
     is_new = name not in serving.backbone.tasks
     put: ServedTask = await asyncio.wrap_future(serving.batcher.change(functools.partial(serving.backbone.put, *found)))
     return JSONResponse(asdict(put), 201 if is_new else 200)
@@ -142,14 +148,18 @@ def _folder_of_tasks(serving: Serving) -> Path:
 
 
 def _inside(folder: Path, content: bytes) -> Path:
-    """The file of ``folder`` that a body of JSON names; wherever else a name, or a link behind it, may lead is refused."""
+    """The file of ``folder`` that a body of JSON names; wherever else a name, or a link behind it,
+    may lead is refused.
+    """
     try:
         body = json.loads(content)
         if not isinstance(body, dict) or body.keys() != {"file"}:
             raise TypeError
         path = (folder / body["file"]).resolve()
     except (ValueError, TypeError) as error:  # no JSON, or no name that a file could have
-        raise HTTPException(422, 'the body must be JSON, {"file": "..."}, the name of a file in the folder of task files') from error
+        raise HTTPException(
+            422, 'the body must be JSON, {"file": "..."}, the name of a file in the folder of task files'
+        ) from error
     if not path.is_relative_to(folder):
         raise HTTPException(403, f"file must be inside the folder of task files, got {body['file']!r}")
     return path
@@ -160,10 +170,12 @@ async def _read(backbone: Backbone, path: Path, name: str, shown: str) -> tuple[
     try:
         return await asyncio.to_thread(backbone.read, path, name)
     except (OSError, ValueError) as error:
-        raise HTTPException(404 if isinstance(error, FileNotFoundError) else 422, str(error).replace(str(path), shown)) from error
+        raise HTTPException(
+            404 if isinstance(error, FileNotFoundError) else 422, str(error).replace(str(path), shown)
+        ) from error
 
 
-# ---- the rest --------------------------------------------------------------------------------------------------------------
+# ---- the rest --------------------------------------------------------------------------------------------------------
 
 
 async def health(serving: Shared) -> JSONResponse:
@@ -191,12 +203,19 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     """One line a mistake, without what was sent: it may be long."""
     assert isinstance(error, RequestValidationError)
-    places = [(".".join(str(part) for part in one["loc"] if part not in ("body", "one", "several")), one["msg"]) for one in error.errors()[:5]]
-    return JSONResponse({"detail": "; ".join(f"{place}: {message}" if place else message for place, message in places)}, 422)
+    places = [
+        (".".join(str(part) for part in one["loc"] if part not in ("body", "one", "several")), one["msg"])
+        for one in error.errors()[:5]
+    ]
+    return JSONResponse(
+        {"detail": "; ".join(f"{place}: {message}" if place else message for place, message in places)}, 422
+    )
 
 
 def observed(app: Callable[..., Awaitable[None]], serving: Serving) -> Callable[..., Awaitable[None]]:
-    """ASGI middleware: counts each response, and closes connections once the server is about to stop, or a client would send its next request into the end."""
+    """ASGI middleware: counts each response, and closes connections once the server is about to stop, or a client would
+    send its next request into the end.
+    """
 
     async def call(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -214,7 +233,8 @@ def observed(app: Callable[..., Awaitable[None]], serving: Serving) -> Callable[
             await send(message)
 
         def path() -> str:
-            return getattr(scope.get("route"), "path", "other")  # of the route, not of the request: names of tasks would be series without end
+            # of the route, not of the request: names of tasks would be series without end
+            return getattr(scope.get("route"), "path", "other")
 
         try:
             await app(scope, receive, start)
@@ -225,7 +245,9 @@ def observed(app: Callable[..., Awaitable[None]], serving: Serving) -> Callable[
 
 
 def create_app(backbone: Backbone, settings: Settings) -> FastAPI:
-    """The application around a loaded backbone, whose model thread runs from its start to its end. ``app.state.serving`` has its parts."""
+    """The application around a loaded backbone, whose model thread runs from its start to its end.
+    ``app.state.serving`` has its parts.
+    """
     metrics = counts.Metrics()
     serving = Serving(backbone, Batcher(backbone.answer, settings, metrics), metrics, settings)
 
@@ -237,7 +259,9 @@ def create_app(backbone: Backbone, settings: Settings) -> FastAPI:
             await asyncio.to_thread(serving.batcher.drain, settings.drain_seconds)
 
     # Without /docs, whose page takes its scripts from another host; /openapi.json is there.
-    app = FastAPI(title="prequant serve", docs_url=None, redoc_url=None, lifespan=lifespan, max_body_size=settings.max_body)
+    app = FastAPI(
+        title="prequant serve", docs_url=None, redoc_url=None, lifespan=lifespan, max_body_size=settings.max_body
+    )
     app.state.serving = serving
     app.add_middleware(observed, serving=serving)
     app.add_exception_handler(RequestValidationError, _invalid)

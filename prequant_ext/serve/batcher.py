@@ -37,13 +37,17 @@ class _Change:
 
 
 class Batcher:
-    """Answers queries in batches of at most ``max_batch`` rows, none of which waits longer than ``max_wait`` milliseconds for others to join.
+    """Answers queries in batches of at most ``max_batch`` rows, none of which waits longer than ``max_wait``
+    milliseconds for others to join.
 
-    What came first is done first, changes to the model included: a query that was accepted before its task is replaced or removed is answered by the task as it
-    was. Once :meth:`drain` is called nothing is accepted any more, and everything that was is still answered.
+    What came first is done first, changes to the model included: a query that was accepted before its task is replaced
+    or removed is answered by the task as it was. Once :meth:`drain` is called nothing is accepted any more, and
+    everything that was is still answered.
     """
 
-    def __init__(self, answer: Callable[[Sequence[Query]], Sequence[Answer | Exception]], settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self, answer: Callable[[Sequence[Query]], Sequence[Answer | Exception]], settings: Settings, metrics: Metrics
+    ) -> None:
         self.answer, self.settings, self.metrics = answer, settings, metrics
         self.queue: deque[_Row | _Change] = deque()
         self.changed = threading.Condition()
@@ -70,7 +74,9 @@ class Batcher:
         return [row.future for row in rows]
 
     def change(self, call: Callable[[], Any]) -> "Future[Any]":
-        """The result to come of ``call()``, made by the model's thread after all that came before. Raises as :meth:`submit`."""
+        """The result to come of ``call()``, made by the model's thread after all that came before. Raises as
+        :meth:`submit`.
+        """
         change = _Change(call)
         self._enqueue([change])
         return change.future
@@ -85,7 +91,9 @@ class Batcher:
             self.changed.notify_all()
 
     def drain(self, seconds: float) -> bool:
-        """Accept nothing more, and finish what is queued. Returns whether that was done within ``seconds``; if not, what is left fails with Draining."""
+        """Accept nothing more, and finish what is queued. Returns whether that was done within ``seconds``; if not,
+        what is left fails with Draining.
+        """
         with self.changed:
             self.is_draining = True
             self.changed.notify_all()
@@ -98,7 +106,8 @@ class Batcher:
             item.future.set_exception(Draining("the server had to stop before this was answered"))
         return not left and not self.thread.is_alive()
 
-    # ---- the model's thread ------------------------------------------------------------------------------------------------
+    # ---- the model's thread
+    # ------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         while (due := self._next()) is not None:
@@ -128,7 +137,11 @@ class Batcher:
 
     def _nobody_may_join(self) -> bool:
         """The batch is full, ends at a change, or nothing more is accepted."""
-        return self.is_draining or len(self.queue) >= self.settings.max_batch or any(isinstance(item, _Change) for item in self.queue)
+        return (
+            self.is_draining
+            or len(self.queue) >= self.settings.max_batch
+            or any(isinstance(item, _Change) for item in self.queue)
+        )
 
     def _make(self, change: _Change) -> None:
         if not change.future.set_running_or_notify_cancel():

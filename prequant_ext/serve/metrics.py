@@ -12,7 +12,10 @@ COUNTERS = {
 HISTOGRAMS = {
     "prequant_batch_rows": ("Texts in one forward of the model.", (1, 2, 4, 8, 16, 32, 64, 128)),
     "prequant_batch_tasks": ("Different tasks in one forward of the model.", (1, 2, 4, 8, 16, 32)),
-    "prequant_predict_seconds": ("From a prediction's request to the start of its response.", (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)),
+    "prequant_predict_seconds": (
+        "From a prediction's request to the start of its response.",
+        (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
+    ),
 }
 GAUGES = {
     "prequant_queue_rows": "Texts that wait for the model.",
@@ -47,7 +50,10 @@ class Metrics:
         with self.lock:
             for name, meaning in COUNTERS.items():
                 lines += _head(name, "counter", meaning)
-                lines += [f"{name}{{{labels}}} {value}" if labels else f"{name} {value}" for labels, value in self.counts[name].items()]
+                lines += [
+                    f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
+                    for labels, value in self.counts[name].items()
+                ]
             for name, (meaning, bounds) in HISTOGRAMS.items():
                 lines += _head(name, "histogram", meaning)
                 total = 0

@@ -16,7 +16,8 @@ def bind(host: str, port: int) -> socket.socket:
     """A socket that has ``port`` of ``host``, 0: a free one, and does not listen yet. Raises OSError naming both."""
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that has just stopped does not block its port
+        # a server that has just stopped does not block its port
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
     except OSError as error:
         bound.close()
@@ -31,11 +32,15 @@ def url_of(bound: socket.socket) -> str:
 
 def make_server(app: FastAPI) -> uvicorn.Server:
     """uvicorn for ``app``, which :func:`stop` ends."""
-    return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=RESPONSE_SECONDS))
+    return uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=RESPONSE_SECONDS)
+    )
 
 
 def stop(server: uvicorn.Server, app: FastAPI) -> bool:
-    """From now on refuse with 503, answer what is queued, then close. Blocks for at most ``drain_seconds``; returns whether everything was answered."""
+    """From now on refuse with 503, answer what is queued, then close. Blocks for at most ``drain_seconds``; returns
+    whether everything was answered.
+    """
     serving = app.state.serving
     is_done: bool = serving.batcher.drain(serving.settings.drain_seconds)
     server.should_exit = True
@@ -43,11 +48,13 @@ def stop(server: uvicorn.Server, app: FastAPI) -> bool:
 
 
 def serve(app: FastAPI, bound: socket.socket, announce: Callable[[str], None]) -> bool:
-    """Serve on ``bound`` until SIGTERM or SIGINT; a second one ends at once. Returns whether everything that was accepted was answered.
+    """Serve on ``bound`` until SIGTERM or SIGINT; a second one ends at once. Returns whether everything that was
+    accepted was answered.
 
     announce  gets the URL once connections are taken
 
-    Takes both signals over while it runs: uvicorn's own handlers would stop listening first, and end the process by the signal.
+    Takes both signals over while it runs: uvicorn's own handlers would stop listening first, and end the process by the
+    signal.
     """
     server = make_server(app)
     stopping: list[threading.Thread] = []

@@ -43,7 +43,10 @@ class Settings:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.max_rows > self.max_queue:
-            raise ValueError(f"max_rows must be at most max_queue = {self.max_queue}, or the queue could never take a request of so many, got {self.max_rows}")
+            raise ValueError(
+                f"max_rows must be at most max_queue = {self.max_queue}, or the queue could never take a request of "
+                f"so many, got {self.max_rows}"
+            )
         if self.max_length is not None and self.max_length < MIN_LENGTH:
             raise ValueError(f"max_length must be at least {MIN_LENGTH}, got {self.max_length}")
         if self.task_dir is not None and not self.task_dir.is_dir():

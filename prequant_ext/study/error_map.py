@@ -28,7 +28,9 @@ class MatrixError:
 
 
 def error_map(model: nn.Module, config: PreQuantConfig | None = None) -> list[MatrixError]:
-    """Of every matrix in the blocks of ``model``, without outlier dimensions. Raises ValueError as find_sites, and where the blocks are not known."""
+    """Of every matrix in the blocks of ``model``, without outlier dimensions. Raises ValueError as find_sites, and
+    where the blocks are not known.
+    """
     plain = dataclasses.replace(config or PreQuantConfig(), r=0, embedding_bits=None)
     blocks = {block.name: number for number, block in enumerate(blocks_of(model, family_of(model)))}
     if not blocks:
@@ -43,7 +45,9 @@ def error_map(model: nn.Module, config: PreQuantConfig | None = None) -> list[Ma
                 continue
             module: Any = model.get_submodule(site.name)
             weight = module.weight.detach().T if site.is_transposed else module.weight.detach()
-            quantized = quantize_matrix(weight, chosen, name=site.name, axis=str(site.axis), bits=site.bits, hidden_size=site.hidden_size)
+            quantized = quantize_matrix(
+                weight, chosen, name=site.name, axis=str(site.axis), bits=site.bits, hidden_size=site.hidden_size
+            )
             error = quantized.squared_error**0.5 / weight.double().norm().item()
             errors.append(MatrixError(strategy, blocks[block.name], site.name.removeprefix(f"{block.name}."), error))
     return errors
@@ -51,7 +55,10 @@ def error_map(model: nn.Module, config: PreQuantConfig | None = None) -> list[Ma
 
 def write_error_map(folder: Path, model_name: str, errors: list[MatrixError]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / FILE, json.dumps({"model": model_name, "errors": [dataclasses.asdict(error) for error in errors]}).encode())
+    write_atomically(
+        folder / FILE,
+        json.dumps({"model": model_name, "errors": [dataclasses.asdict(error) for error in errors]}).encode(),
+    )
 
 
 def read_error_map(folder: Path) -> tuple[str, list[MatrixError]] | None:

@@ -1,6 +1,8 @@
-"""The paper's tables and figures as data: which methods, with which settings, make the rows of each.  Gong et al., 2023, Section 5.
+"""The paper's tables and figures as data: which methods, with which settings, make the rows of each.  Gong et al.,
+2023, Section 5.
 
-An arm is one row. Equal arms of two experiments are one run: what identifies a run is its settings, not the table that it stands in.
+An arm is one row. Equal arms of two experiments are one run: what identifies a run is its settings, not the table that
+it stands in.
 """
 
 import dataclasses
@@ -10,7 +12,8 @@ from typing import Any
 
 from prequant_ext.config import PreQuantConfig
 
-# Learning rates that are tried, of small models; the paper's, for larger ones, are 1e-4 to 9e-4 for PreQuant and 1e-5 to 4e-5 for full fine-tuning.
+# Learning rates that are tried, of small models; the paper's, for larger ones, are 1e-4 to 9e-4 for PreQuant and 1e-5
+# to 4e-5 for full fine-tuning.
 GRIDS: dict[str, tuple[float, ...]] = {
     "ft": (3e-5, 1e-4, 2e-4),
     "ptq": (3e-5, 1e-4, 2e-4),
@@ -54,7 +57,9 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    """against: the title of the arm that the others' scores are compared with; or, where arms name their own, what those have in common; None: of none."""
+    """against: the title of the arm that the others' scores are compared with; or, where arms name their own, what
+    those have in common; None: of none.
+    """
 
     title: str
     arms: tuple[Arm, ...]
@@ -64,7 +69,9 @@ class Experiment:
 
 def _prequant(title: str, **changes: Any) -> Arm:
     """With the settings that are no defaults: those that are would make another run of the same."""
-    return Arm(title, "prequant", {name: value for name, value in changes.items() if value != getattr(PreQuantConfig(), name)})
+    return Arm(
+        title, "prequant", {name: value for name, value in changes.items() if value != getattr(PreQuantConfig(), name)}
+    )
 
 
 FT = Arm("full fine-tuning", "ft")
@@ -113,16 +120,22 @@ def table4(blocks: int) -> Experiment:
 
 
 def _grid_of_r(r: int) -> tuple[float, ...] | None:
-    """The more is trained, the smaller the rate: with 10 dimensions training ends at chance at the largest rate of the grid."""
+    """The more is trained, the smaller the rate: with 10 dimensions training ends at chance at the largest rate of the
+    grid.
+    """
     if r < 10:
         return None
     return (1e-3, 2e-3, 5e-3) if r < 96 else (2e-4, 5e-4, 1e-3)
 
 
 def table5(blocks: int) -> Experiment:
-    """2 bits on a third or two of the blocks, counted from the embeddings up; and as many bits in all, given to blocks by what they lose."""
+    """2 bits on a third or two of the blocks, counted from the embeddings up; and as many bits in all, given to blocks
+    by what they lose.
+    """
     if blocks < 3:
-        raise ValueError(f"table5 gives thirds of the blocks 2 bits: the model must have at least 3 blocks, got {blocks}")
+        raise ValueError(
+            f"table5 gives thirds of the blocks 2 bits: the model must have at least 3 blocks, got {blocks}"
+        )
     third, two_thirds = blocks // 3, 2 * blocks // 3
 
     def rule(first: int, last: int) -> dict[str, int]:
@@ -135,7 +148,12 @@ def table5(blocks: int) -> Experiment:
         _prequant("2 bits on the top third", layer_bits=rule(blocks - third, blocks - 1)),
         _prequant("2 bits on the top two thirds", layer_bits=rule(blocks - two_thirds, blocks - 1)),
         Arm("2 bits on a third, by sensitivity", "prequant", {}, options={"bits_per_weight": 4 - 2 * third / blocks}),
-        Arm("2 bits on two thirds, by sensitivity", "prequant", {}, options={"bits_per_weight": 4 - 2 * two_thirds / blocks}),
+        Arm(
+            "2 bits on two thirds, by sensitivity",
+            "prequant",
+            {},
+            options={"bits_per_weight": 4 - 2 * two_thirds / blocks},
+        ),
     )
     return Experiment("Mixed precision (Table 5)", arms, against=arms[0].title)
 
@@ -144,17 +162,29 @@ def table6(blocks: int) -> Experiment:
     arms = []
     for rows in TABLE6_ROWS:
         tuned = dataclasses.replace(FT, title=f"{FT.title}, {rows:,} rows", max_train=rows)
-        arms += [tuned, dataclasses.replace(PREQUANT, title=f"{PREQUANT.title}, {rows:,} rows", max_train=rows, against=tuned.title)]
+        arms += [
+            tuned,
+            dataclasses.replace(
+                PREQUANT, title=f"{PREQUANT.title}, {rows:,} rows", max_train=rows, against=tuned.title
+            ),
+        ]
     return Experiment("Few training rows (Table 6)", tuple(arms), ("sst2",), against=FT.title)
 
 
 def fig3(blocks: int) -> Experiment:
-    tickets, errors = Arm("PreQuant, ticket dimensions", "prequant_ticket", {}), _prequant("PreQuant, dimensions of largest error", selector="error")
-    return Experiment("How dimensions are selected (Figure 3)", (PREQUANT, RANDOM, tickets, errors, FT), against=PREQUANT.title)
+    tickets, errors = (
+        Arm("PreQuant, ticket dimensions", "prequant_ticket", {}),
+        _prequant("PreQuant, dimensions of largest error", selector="error"),
+    )
+    return Experiment(
+        "How dimensions are selected (Figure 3)", (PREQUANT, RANDOM, tickets, errors, FT), against=PREQUANT.title
+    )
 
 
 def settings(blocks: int) -> Experiment:
-    """Beyond the paper: what may bring PreQuant closer to full fine-tuning, with as many trained weights and, but for the scales of groups, as many bits."""
+    """Beyond the paper: what may bring PreQuant closer to full fine-tuning, with as many trained weights and, but for
+    the scales of groups, as many bits.
+    """
     arms = (
         FT,
         PREQUANT,
@@ -172,7 +202,11 @@ def fig5(blocks: int) -> Experiment:
     changes = {bits: {} if bits == PreQuantConfig.bits else {"bits": bits} for bits in FIGURE5_BITS}
     # At 2 bits and the largest rate of its grid, PreQuant ends at chance.
     grids = {("prequant", 2): (1e-3, 2e-3, 5e-3)}
-    arms = [Arm(f"{title}, {bits} bit", method, changes[bits], grid=grids.get((method, bits))) for bits in FIGURE5_BITS for title, method in methods]
+    arms = [
+        Arm(f"{title}, {bits} bit", method, changes[bits], grid=grids.get((method, bits)))
+        for bits in FIGURE5_BITS
+        for title, method in methods
+    ]
     return Experiment("Bits of a weight (Figure 5)", (FT, *arms), ("sst2",), against=FT.title)
 
 

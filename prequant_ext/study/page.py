@@ -1,4 +1,6 @@
-"""One HTML page of everything that a folder of runs holds: tables, figures and the paper's numbers. It stands alone: no script, no network."""
+"""One HTML page of everything that a folder of runs holds: tables, figures and the paper's numbers. It stands alone: no
+script, no network.
+"""
 
 import dataclasses
 import json
@@ -29,18 +31,34 @@ class Study:
     plan: Plan
 
     def joined(self, folder: Path) -> "Study":
-        """With the tasks, seeds and rates of the study of that name in FOLDER, if alike in all else: a table has what ran, not what was asked for last."""
+        """With the tasks, seeds and rates of the study of that name in FOLDER, if alike in all else: a table has what
+        ran, not what was asked for last.
+        """
         path = folder / f"{self.name}{PLAN_SUFFIX}"
         earlier = Study.read(path) if path.exists() else self
-        tasks, seeds = tuple(dict.fromkeys((*earlier.plan.tasks, *self.plan.tasks))), tuple(sorted({*earlier.plan.seeds, *self.plan.seeds}))
+        tasks, seeds = (
+            tuple(dict.fromkeys((*earlier.plan.tasks, *self.plan.tasks))),
+            tuple(sorted({*earlier.plan.seeds, *self.plan.seeds})),
+        )
         rates = {**earlier.plan.rates, **self.plan.rates}
-        both, other = (dataclasses.replace(study, plan=dataclasses.replace(study.plan, tasks=tasks, seeds=seeds, rates=rates)) for study in (self, earlier))
-        same_rates = all(study.plan.given(arm, task) == both.plan.given(arm, task) for study in (self, earlier) for arm, task in study.plan.cells())
+        both, other = (
+            dataclasses.replace(study, plan=dataclasses.replace(study.plan, tasks=tasks, seeds=seeds, rates=rates))
+            for study in (self, earlier)
+        )
+        same_rates = all(
+            study.plan.given(arm, task) == both.plan.given(arm, task)
+            for study in (self, earlier)
+            for arm, task in study.plan.cells()
+        )
         return both if other == both and same_rates else self
 
     def write(self, folder: Path) -> None:
         """FOLDER/NAME.plan.json, from which a report knows the rows, columns and seeds of a table."""
-        settings = {field.name: getattr(self.plan, field.name) for field in dataclasses.fields(self.plan) if field.name != "experiment"}
+        settings = {
+            field.name: getattr(self.plan, field.name)
+            for field in dataclasses.fields(self.plan)
+            if field.name != "experiment"
+        }
         record = {"experiment": self.name, "model": self.model, "blocks": self.blocks, **settings}
         write_atomically(folder / f"{self.name}{PLAN_SUFFIX}", json.dumps(record).encode())
 
@@ -72,7 +90,10 @@ def page(folder: Path) -> str:
     lines = read_lines(folder / RUNS_FILE)
     studies, found = read_studies(folder), read_error_map(folder)
     models = sorted({study.model for study in studies} | ({found[0]} if found else set()))
-    intro = f"{len(lines)} runs of {', '.join(models)}. Scores are the best epoch's on the validation rows, means ± standard deviations over seeds (how many)."
+    intro = (
+        f"{len(lines)} runs of {', '.join(models)}. Scores are the best epoch's on the validation rows, means ± "
+        "standard deviations over seeds (how many)."
+    )
     return render("PreQuant: experiments", intro, sections(folder))
 
 

@@ -1,4 +1,6 @@
-"""What the paper printed, to stand beside our tables.  Gong et al., Findings of ACL 2023; 4-bit weights, 8-bit activations, GLUE's validation sets."""
+"""What the paper printed, to stand beside our tables.  Gong et al., Findings of ACL 2023; 4-bit weights, 8-bit
+activations, GLUE's validation sets.
+"""
 
 PAPER: dict[str, str] = {
     "table1": """

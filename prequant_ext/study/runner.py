@@ -1,11 +1,14 @@
-"""Runs the trainings of an experiment: one process and one JSON line each. What has run is skipped, so a killed experiment goes on when it is started again.
+"""Runs the trainings of an experiment: one process and one JSON line each. What has run is skipped, so a killed
+experiment goes on when it is started again.
 
 Learning rates
     quick    one of each method (train.LEARNING_RATES), or the middle of an arm's own grid
-    once     each method's best of its grid on one task, by the lowest seed and after SEARCH_EPOCHS, then used for all of its arms without a grid of their own
+    once     each method's best of its grid on one task, by the lowest seed and after SEARCH_EPOCHS, then used for all
+             of its arms without a grid of their own
     each     the best of the grid for each arm and task, by the lowest seed, with all epochs (the paper's way)
 
-A rate that is given, for a method or for a method on one task, is searched by none of them; arms with a grid of their own do not take it.
+A rate that is given, for a method or for a method on one task, is searched by none of them; arms with a grid of their
+own do not take it.
 """
 
 import json
@@ -24,7 +27,8 @@ from prequant_ext.study.experiments import GRIDS, Arm, Experiment
 
 SEARCHES = ("quick", "once", "each")
 SEARCH_TASK, SEARCH_EPOCHS = "sst2", 1
-LIMITS: dict[str, dict[str, int]] = {"sst2": {"max_train": 4000, "max_length": 64}, "qnli": {"max_train": 4000}}  # of single tasks
+# of single tasks
+LIMITS: dict[str, dict[str, int]] = {"sst2": {"max_train": 4000, "max_length": 64}, "qnli": {"max_train": 4000}}
 EPOCHS, BATCH, MAX_LENGTH = 3, 32, 128
 SEEDS = (0, 1, 2)
 
@@ -34,7 +38,9 @@ Wanted = dict[str, Any]  # keyword arguments of train.Settings but for the model
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment on a model: ``seeds`` ascending, the first of which searches learning rates; ``rates`` are those given, by METHOD or TASK/METHOD."""
+    """An experiment on a model: ``seeds`` ascending, the first of which searches learning rates; ``rates`` are those
+    given, by METHOD or TASK/METHOD.
+    """
 
     experiment: Experiment
     tasks: Sequence[str]
@@ -87,14 +93,18 @@ class Plan:
         return max(found, key=lambda lr: (found[lr], -lr)) if len(found) == len(tried) else None
 
     def given(self, arm: Arm, task: str) -> float | None:
-        """The learning rate that an arm need not search on a task. One of the task goes before one of the method alone."""
+        """The learning rate that an arm need not search on a task.
+        One of the task goes before one of the method alone.
+        """
         return None if arm.grid else self.rates.get(f"{task}/{arm.method}", self.rates.get(arm.method))
 
     def cells(self) -> list[tuple[Arm, str]]:
         return [(arm, task) for task in self.tasks for arm in self.experiment.arms]
 
     def every(self, lines: Sequence[Line]) -> dict[str, Wanted]:
-        """All runs that there will be, by identity. A learning rate that is not known yet stands at the first of its grid."""
+        """All runs that there will be, by identity. A learning rate that is not known yet stands at the first of its
+        grid.
+        """
         scores, runs = scores_of(lines), [wanted for arm, task in self.cells() for wanted in self._searching(arm, task)]
         for arm, task in self.cells():
             lr = self.rate(arm, task, scores)
@@ -109,8 +119,13 @@ class Plan:
         if self.search == "each":
             yield from (self.settings(arm, task, lr, self.seeds[0]) for lr in _grid(arm))
         elif self.search == "once":
-            plain = Arm(arm.method, arm.method, None if arm.quantization is None else {}, seeds_selector=arm.seeds_selector)
-            yield from (self.settings(arm if arm.grid else plain, SEARCH_TASK, lr, self.seeds[0], SEARCH_EPOCHS) for lr in _grid(arm))
+            plain = Arm(
+                arm.method, arm.method, None if arm.quantization is None else {}, seeds_selector=arm.seeds_selector
+            )
+            yield from (
+                self.settings(arm if arm.grid else plain, SEARCH_TASK, lr, self.seeds[0], SEARCH_EPOCHS)
+                for lr in _grid(arm)
+            )
 
 
 def _grid(arm: Arm) -> Sequence[float]:
@@ -134,12 +149,19 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def perform(settings: dict[str, Any], threads: int, processes: int = 1) -> Line:
-    """Train in a process of its own: peak memory is per process, and threads are set before torch starts. Several ``processes``, one a GPU, by torchrun.
+    """Train in a process of its own: peak memory is per process, and threads are set before torch starts. Several
+    ``processes``, one a GPU, by torchrun.
 
     Raises RuntimeError with what it said.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    launcher = (
+        [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    )
     command = [sys.executable, *launcher, "-m", "prequant_ext.study.worker", json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
@@ -148,7 +170,9 @@ def perform(settings: dict[str, Any], threads: int, processes: int = 1) -> Line:
 
 
 def estimate(missing: Iterable[Wanted], lines: Sequence[Line]) -> float | None:
-    """Seconds of ``missing``, one after another, at the pace of ``lines``: of the same task and method, else of the task, else of all; None without lines."""
+    """Seconds of ``missing``, one after another, at the pace of ``lines``: of the same task and method, else of the
+    task, else of all; None without lines.
+    """
     paces: dict[tuple[str | None, str | None], list[float]] = defaultdict(list)
     rows: dict[str, int] = {}
     for line in lines:
@@ -162,7 +186,11 @@ def estimate(missing: Iterable[Wanted], lines: Sequence[Line]) -> float | None:
     def seconds(wanted: Wanted) -> float:
         task = wanted["task"]
         key = next(key for key in ((task, wanted["method"]), (task, None), (None, None)) if key in paces)
-        return statistics.median(paces[key]) * wanted["epochs"] * (wanted["max_train"] or rows.get(task) or max(rows.values()))
+        return (
+            statistics.median(paces[key])
+            * wanted["epochs"]
+            * (wanted["max_train"] or rows.get(task) or max(rows.values()))
+        )
 
     return sum(map(seconds, missing))
 
@@ -176,10 +204,21 @@ def progress(plan: Plan, lines: Sequence[Line], jobs: int) -> str:
     return f"{len(every) - len(missing)} of {len(every)} runs done{left}"
 
 
-def run(plan: Plan, out: Path, model: str, path: str, data_dir: str | None, threads: int, jobs: int, say: Any, processes: int = 1) -> list[str]:
+def run(
+    plan: Plan,
+    out: Path,
+    model: str,
+    path: str,
+    data_dir: str | None,
+    threads: int,
+    jobs: int,
+    say: Any,
+    processes: int = 1,
+) -> list[str]:
     """Append the missing runs of ``plan`` to ``out``, ``jobs`` at a time; what failed comes back as messages.
 
-    ``model`` is the name that the lines keep, ``path`` the folder it has here; ``threads`` and ``processes`` are of each run.
+    ``model`` is the name that the lines keep, ``path`` the folder it has here; ``threads`` and ``processes`` are of
+    each run.
     """
     lines = read_lines(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +236,9 @@ def run(plan: Plan, out: Path, model: str, path: str, data_dir: str | None, thre
             taken = done | {identity(wanted) for wanted in running.values()} | set(failed)
             for key, wanted in possible.items():
                 if len(running) < jobs and key not in taken:
-                    running[pool.submit(perform, {**wanted, "model": path, "data_dir": data_dir}, threads, processes)] = wanted
+                    running[
+                        pool.submit(perform, {**wanted, "model": path, "data_dir": data_dir}, threads, processes)
+                    ] = wanted
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -210,12 +251,17 @@ def run(plan: Plan, out: Path, model: str, path: str, data_dir: str | None, thre
                 own.append(line)
                 with out.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                say(f"{describe(wanted)}: {100 * line['score']:.2f} in {line['seconds']:.0f} s; {progress(plan, own, jobs)}")
+                say(
+                    f"{describe(wanted)}: {100 * line['score']:.2f} in {line['seconds']:.0f} s; "
+                    f"{progress(plan, own, jobs)}"
+                )
     return list(failed.values())
 
 
 def describe(wanted: Wanted) -> str:
-    changed = ", ".join(f"{name} {value}" for name, value in ((wanted["quantization"] or {}) | wanted.get("options", {})).items())
+    changed = ", ".join(
+        f"{name} {value}" for name, value in ((wanted["quantization"] or {}) | wanted.get("options", {})).items()
+    )
     rows = f", {wanted['max_train']:,} rows" if wanted["max_train"] else ""
     name = f"{wanted['method']} ({changed})" if changed else wanted["method"]
     return f"{wanted['task']} {name}, lr {wanted['lr']:g}, seed {wanted['seed']}, {wanted['epochs']} epochs{rows}"

@@ -33,11 +33,15 @@ def lines_of(plan: Plan, arm: Arm, task: str, lines: Sequence[Line]) -> list[Lin
 def mean_and_spread(scores: Sequence[float]) -> str:
     """In points; with the sample standard deviation where there are several."""
     points = [100 * score for score in scores]
-    return f"{statistics.mean(points):.2f}" + (f" ± {statistics.stdev(points):.2f} ({len(points)})" if len(points) > 1 else "")
+    return f"{statistics.mean(points):.2f}" + (
+        f" ± {statistics.stdev(points):.2f} ({len(points)})" if len(points) > 1 else ""
+    )
 
 
 def difference(found: Sequence[Line], others: Sequence[Line]) -> str:
-    """Accuracy of ``found`` minus that of ``others`` in points, with its 95 % interval by paired bootstrap; of the seeds that both have, "" without any."""
+    """Accuracy of ``found`` minus that of ``others`` in points, with its 95 % interval by paired bootstrap; of the
+    seeds that both have, "" without any.
+    """
     seeds = [{line["wanted"]["seed"]: line["predictions"] for line in lines} for lines in (found, others)]
     shared = sorted(seeds[0].keys() & seeds[1].keys())
     if not shared or get_task(found[0]["wanted"]["task"]).is_regression:
@@ -49,8 +53,9 @@ def difference(found: Sequence[Line], others: Sequence[Line]) -> str:
 
 
 def markdown(plan: Plan, lines: Sequence[Line]) -> Iterator[str]:
-    """A row an arm of which something ran; columns of a task: scores, means ± standard deviations (seeds), and differences from the arm that it is compared
-    with, if the experiment compares. The average is over the tasks that ran for every row, where those are several.
+    """A row an arm of which something ran; columns of a task: scores, means ± standard deviations (seeds), and
+    differences from the arm that it is compared with, if the experiment compares. The average is over the tasks that
+    ran for every row, where those are several.
     """
     tasks, against = plan.tasks, plan.experiment.against
     rows = {arm.title: {task: lines_of(plan, arm, task, lines) for task in tasks} for arm in plan.experiment.arms}
@@ -78,7 +83,8 @@ def markdown(plan: Plan, lines: Sequence[Line]) -> Iterator[str]:
                 reference = references[title]
                 row.append("" if reference is None or cells is reference else difference(found, reference[task]))
         if len(complete) > 1:
-            row.append(f"{100 * statistics.mean(statistics.mean(line['score'] for line in cells[task]) for task in complete):.2f}")
+            means = [statistics.mean(line["score"] for line in cells[task]) for task in complete]
+            row.append(f"{100 * statistics.mean(means):.2f}")
         own = [line for found in cells.values() for line in found]
         row += [f"{own[0]['trainable_parameters']:,}", f"{own[0]['model_bytes'] / 1e6:.1f} MB"]
         for _, name, form in extras:
@@ -99,15 +105,23 @@ def notes(plan: Plan, lines: Sequence[Line], shown: Sequence[Line]) -> Iterator[
             continue
         sizes, seeds = sorted({line["n_train"] for line in own}), sorted({line["wanted"]["seed"] for line in own})
         yield (
-            f"{task}: {' or '.join(f'{size:,}' for size in sizes)} training rows, {own[0]['n_validation']:,} validation rows, {own[0]['epochs']} epochs, batch "
+            f"{task}: {' or '.join(f'{size:,}' for size in sizes)} training rows, {own[0]['n_validation']:,} "
+            f"validation rows, {own[0]['epochs']} epochs, batch "
             f"{own[0]['batch_size']}, best epoch of each run, seeds {', '.join(map(str, seeds))}."
         )
     if plan.experiment.against is not None:
-        yield "differences are of accuracy, in points, with a 95 % interval: paired bootstrap over the validation rows, the seeds that both rows have pooled."
+        yield (
+            "differences are of accuracy, in points, with a 95 % interval: paired bootstrap over the validation "
+            "rows, the seeds that both rows have pooled."
+        )
     if any(line.get("overlap") is not None for line in shown):
         yield "overlap: the Jaccard overlap of the dimensions with those of most outliers, mean over the matrices."
     ran = {line["wanted"]["method"] for line in shown}
-    searched = {arm.title if arm.grid else arm.method: (arm, task) for arm, task in plan.cells() if arm.method in ran and plan.given(arm, task) is None}
+    searched = {
+        arm.title if arm.grid else arm.method: (arm, task)
+        for arm, task in plan.cells()
+        if arm.method in ran and plan.given(arm, task) is None
+    }
     if searched:
         how = HOW_SEARCHED[plan.search]
         rates = {name: plan.rate(arm, task, scores_of(lines)) for name, (arm, task) in searched.items()}

@@ -53,7 +53,7 @@ def tasks(base, tmp_path_factory):
     return folder
 
 
-# ---- help and exit codes --------------------------------------------------------------------------------------------------
+# ---- help and exit codes ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -107,19 +107,27 @@ def test_a_missing_data_file_is_named(base, tmp_path):
 def test_a_label_outside_the_range_names_file_and_line(base, tmp_path):
     (tmp_path / "rte").mkdir()
     for split, label in (("train", 1), ("validation", 7)):
-        (tmp_path / "rte" / f"{split}.jsonl").write_text(json.dumps({"sentence1": "a", "sentence2": "b", "label": label}) + "\n")
+        (tmp_path / "rte" / f"{split}.jsonl").write_text(
+            json.dumps({"sentence1": "a", "sentence2": "b", "label": label}) + "\n"
+        )
     result = run("finetune", base, "--task", "rte", "--data-dir", tmp_path, "-o", tmp_path / "out", expect=2)
     assert f"{tmp_path}/rte/validation.jsonl:1: label of rte must be an integer from 0 to 1, got 7" in result.stderr
 
 
 def test_a_model_without_a_tokenizer_is_quantized_but_not_trained(float_model, tasks, tmp_path):
     """transformers would make one of its own, to which every word is unknown."""
-    shutil.copytree(float_model, tmp_path / "mute", ignore=lambda _, names: [name for name in names if "token" in name or "vocab" in name])
+    shutil.copytree(
+        float_model,
+        tmp_path / "mute",
+        ignore=lambda _, names: [name for name in names if "token" in name or "vocab" in name],
+    )
     run("quantize", tmp_path / "mute", "-o", tmp_path / "base", "--r", "3")
     assert not list((tmp_path / "base").glob("token*"))
     refused = run("finetune", tmp_path / "base", *TRAIN, "--task", "sst2", "-o", tmp_path / "out", expect=2)
     assert "base has no tokenizer: looked for" in refused.stderr and not (tmp_path / "out").exists()
-    refused = run("eval", tmp_path / "base", "--task", "sst2", "--data", "synthetic", "--task-file", tasks / "sst2.task", expect=2)
+    refused = run(
+        "eval", tmp_path / "base", "--task", "sst2", "--data", "synthetic", "--task-file", tasks / "sst2.task", expect=2
+    )
     assert "base has no tokenizer: looked for" in refused.stderr
 
 
@@ -133,7 +141,7 @@ def test_a_full_disk_exits_1(float_model, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-# ---- quantize and inspect -----------------------------------------------------------------------------------------------
+# ---- quantize and inspect --------------------------------------------------------------------------------------------
 
 
 def test_quantize_writes_a_directory_that_transformers_loads(base):
@@ -143,17 +151,63 @@ def test_quantize_writes_a_directory_that_transformers_loads(base):
 
 
 def test_options_reach_the_config(float_model, tmp_path):
-    options = ("--bits", "3", "--strategy", "group_wise", "--group-size", "16", "--r", "2", "--axis", "input", "--selector", "random", "--seed", "7")
-    rest = ("--outlier-threshold", "2.5", "--weight-only", "--float-embeddings", "--init", "dequantized", "--exclude", "pooler", "--layer-bits", "layers.0=2")
+    options = (
+        "--bits",
+        "3",
+        "--strategy",
+        "group_wise",
+        "--group-size",
+        "16",
+        "--r",
+        "2",
+        "--axis",
+        "input",
+        "--selector",
+        "random",
+        "--seed",
+        "7",
+    )
+    rest = (
+        "--outlier-threshold",
+        "2.5",
+        "--weight-only",
+        "--float-embeddings",
+        "--init",
+        "dequantized",
+        "--exclude",
+        "pooler",
+        "--layer-bits",
+        "layers.0=2",
+    )
     config = run("quantize", float_model, "-o", tmp_path / "q", *options, *rest, "--json")["config"]
-    wanted = {"bits": 3, "strategy": "group_wise", "group_size": 16, "r": 2, "axis": "input", "selector": "random", "seed": 7, "outlier_threshold": 2.5}
-    wanted |= {"activation_bits": None, "embedding_bits": None, "init": "dequantized", "modules_to_not_convert": ["pooler"], "layer_bits": {"layers.0": 2}}
+    wanted = {
+        "bits": 3,
+        "strategy": "group_wise",
+        "group_size": 16,
+        "r": 2,
+        "axis": "input",
+        "selector": "random",
+        "seed": 7,
+        "outlier_threshold": 2.5,
+    }
+    wanted |= {
+        "activation_bits": None,
+        "embedding_bits": None,
+        "init": "dequantized",
+        "modules_to_not_convert": ["pooler"],
+        "layer_bits": {"layers.0": 2},
+    }
     assert {name: config[name] for name in wanted} == wanted
 
 
 def test_paper_settings_can_be_overridden(float_model, tmp_path):
     config = run("quantize", float_model, "-o", tmp_path / "q", "--paper", "--r", "1", "--json")["config"]
-    assert (config["activation_granularity"], config["embedding_granularity"], config["init"], config["r"]) == ("tensor", "tensor", "dequantized", 1)
+    assert (config["activation_granularity"], config["embedding_granularity"], config["init"], config["r"]) == (
+        "tensor",
+        "tensor",
+        "dequantized",
+        1,
+    )
 
 
 def test_train_scales_means_no_outlier_dimensions(float_model, tmp_path):
@@ -174,7 +228,9 @@ def test_an_existing_output_is_refused_unless_overwritten(base, float_model, tmp
 def test_dry_run_is_the_plan_and_reads_no_weight(float_model, tmp_path):
     found = run("inspect", float_model, "--dry-run", "--r", "3", "--json")
     rows = plan(AutoModel.from_pretrained(float_model), directory.PreQuantConfig(r=3))
-    assert [(row["name"], row["trainable"], row["bytes"]) for row in found["plan"]] == [(row.name, row.trainable, row.bytes) for row in rows]
+    assert [(row["name"], row["trainable"], row["bytes"]) for row in found["plan"]] == [
+        (row.name, row.trainable, row.bytes) for row in rows
+    ]
     (tmp_path / "config.json").write_text(Path(float_model, "config.json").read_text())
     assert run("inspect", tmp_path, "--dry-run", "--r", "3", "--json")["plan"] == found["plan"]
 
@@ -240,7 +296,7 @@ def test_ctrl_c_keeps_the_old_output(float_model, base, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["out"]
 
 
-# ---- finetune, eval, merge ----------------------------------------------------------------------------------------------
+# ---- finetune, eval, merge -------------------------------------------------------------------------------------------
 
 
 def test_finetune_writes_a_task_file_and_results_and_nothing_else(tasks):
@@ -294,7 +350,11 @@ def test_an_interrupted_finetune_goes_on_where_it_was(base, tmp_path, monkeypatc
     monkeypatch.undo()
     resumed = []
     load = train.GlueTrainer._load_from_checkpoint
-    monkeypatch.setattr(train.GlueTrainer, "_load_from_checkpoint", lambda self, path, model=None: (resumed.append(path), load(self, path, model)))
+    monkeypatch.setattr(
+        train.GlueTrainer,
+        "_load_from_checkpoint",
+        lambda self, path, model=None: (resumed.append(path), load(self, path, model)),
+    )
     run("finetune", base, "--task", "sst2", *TRAIN, "-o", out)
     assert len(resumed) == 1 and sorted(os.listdir(tmp_path)) == ["tasks"]
 
@@ -314,14 +374,20 @@ def test_merge_without_a_task_is_the_base(base, tmp_path):
     run("merge", base, "-o", tmp_path / "merged")
     float_base = AutoModel.from_pretrained(tmp_path / "merged")
     quantized = AutoModel.from_pretrained(base)
-    assert torch.equal(float_base.encoder.layer[1].output.dense.weight, quantized.encoder.layer[1].output.dense.dequantize())
+    assert torch.equal(
+        float_base.encoder.layer[1].output.dense.weight, quantized.encoder.layer[1].output.dense.dequantize()
+    )
 
 
 def test_export_hf_is_merge(base, tmp_path):
     run("merge", base, "-o", tmp_path / "merged")
     run("export", "hf", base, "-o", tmp_path / "exported")
-    assert [path.name for path in sorted((tmp_path / "exported").iterdir())] == [path.name for path in sorted((tmp_path / "merged").iterdir())]
-    assert (tmp_path / "exported" / "model.safetensors").read_bytes() == (tmp_path / "merged" / "model.safetensors").read_bytes()
+    assert [path.name for path in sorted((tmp_path / "exported").iterdir())] == [
+        path.name for path in sorted((tmp_path / "merged").iterdir())
+    ]
+    assert (tmp_path / "exported" / "model.safetensors").read_bytes() == (
+        tmp_path / "merged" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_doctor_passes_its_exit_code_on(monkeypatch):

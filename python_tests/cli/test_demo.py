@@ -1,4 +1,6 @@
-"""The demo on a tiny model: every step runs, the table is printed, and a score that changes on reloading is an error."""
+"""The demo on a tiny model: every step runs, the table is printed,
+and a score that changes on reloading is an error.
+"""
 
 import json
 import os
@@ -52,7 +54,16 @@ def test_the_demo_runs_from_the_float_model_to_the_reloaded_score(tmp_path, data
     assert sorted(path.name for path in (tmp_path / "out" / "tasks").glob("*.task")) == ["mrpc.task", "sst2.task"]
 
 
-RUN = {"task": "sst2", "data": "glue", "score": 0.75, "scores": {"accuracy": 0.75}, "seconds": 1.0, "peak_memory_mb": 1.0, "model_bytes": 1, "task_bytes": 1}
+RUN = {
+    "task": "sst2",
+    "data": "glue",
+    "score": 0.75,
+    "scores": {"accuracy": 0.75},
+    "seconds": 1.0,
+    "peak_memory_mb": 1.0,
+    "model_bytes": 1,
+    "task_bytes": 1,
+}
 RUN |= {"trainable_parameters": 1, "n_train": 64, "n_validation": 8, "epochs": 1, "seed": 0}
 
 

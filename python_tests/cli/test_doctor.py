@@ -46,12 +46,16 @@ def test_every_operator_has_a_cpu_kernel_and_a_reference():
 
 def test_isa_level_is_the_one_asked_for():
     done = subprocess.run(
-        [sys.executable, "-m", "prequant_ext", "--json"], cwd=ROOT, env=os.environ | {"PREQUANT_ISA": "portable"}, capture_output=True, text=True
+        [sys.executable, "-m", "prequant_ext", "--json"],
+        cwd=ROOT,
+        env=os.environ | {"PREQUANT_ISA": "portable"},
+        capture_output=True,
+        text=True,
     )
     assert json.loads(done.stdout)["cpu"]["isa"] == "portable"
 
 
-# ---- what is broken is found ---------------------------------------------------------------------------------------------------------------
+# ---- what is broken is found -----------------------------------------------------------------------------------------
 
 
 def _report(**changes):
@@ -124,7 +128,7 @@ def test_old_transformers_is_a_problem():
     assert problems == [{"problem": "transformers 4.57.1 is older than 5", "remedy": "pip install 'transformers>=5'"}]
 
 
-# ---- loading -------------------------------------------------------------------------------------------------------------------------------
+# ---- loading ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "2.14.1+cu130", "3.0.0a0+git1234"])
@@ -134,7 +138,10 @@ def test_torch_from_the_minimum_on_is_accepted(version):
 
 @pytest.mark.parametrize("version", ["2.10.2", "2.9.1+cu128", "1.13.1"])
 def test_older_torch_is_refused_naming_both_versions(version):
-    with pytest.raises(ImportError, match=re.escape(f"built for torch >= 2.11, but torch {version} is installed: pip install 'torch>=2.11'")):
+    with pytest.raises(
+        ImportError,
+        match=re.escape(f"built for torch >= 2.11, but torch {version} is installed: pip install 'torch>=2.11'"),
+    ):
         _native.check_torch(version)
 
 
@@ -168,4 +175,7 @@ def test_a_tree_that_is_not_built_says_so(tmp_path):
 def test_a_library_that_does_not_load_names_torch_and_the_remedy(tmp_path):
     done = _broken_copy(tmp_path, b"not a library")
     assert done.returncode == 1
-    assert f"built for torch >= 2.11, does not load with torch {torch.__version__}" in done.stderr and _native.REBUILD in done.stderr
+    assert (
+        f"built for torch >= 2.11, does not load with torch {torch.__version__}" in done.stderr
+        and _native.REBUILD in done.stderr
+    )

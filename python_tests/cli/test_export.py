@@ -7,10 +7,26 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, BertConfig, BertForSequenceClassification, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from typer.testing import CliRunner
 
-from prequant_ext import PreQuantConfig, PreQuantEmbedding, PreQuantLinear, cli, directory, export, merge, quantize_model
+from prequant_ext import (
+    PreQuantConfig,
+    PreQuantEmbedding,
+    PreQuantLinear,
+    cli,
+    directory,
+    export,
+    merge,
+    quantize_model,
+)
 from prequant_ext.export import difference, export_onnx, random_inputs, run_onnx, weight_only_
 from prequant_ext.t5_encoder import T5EncoderForSequenceClassification
 from prequant_ext.task import save_task
@@ -31,7 +47,14 @@ TOLERANCE = 1e-4  # of an output: what the graph may differ from the weight-only
 def quantized_bert(model_class=BertForSequenceClassification, **settings):
     """One block, wide enough for its weights to outweigh the graph."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 500, "hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 512, "max_position_embeddings": 40}
+    sizes = {
+        "vocab_size": 500,
+        "hidden_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 512,
+        "max_position_embeddings": 40,
+    }
     model = model_class(BertConfig(**sizes, initializer_range=0.1)).eval()
     quantize_model(model, PreQuantConfig(**({"r": 2} | settings)))
     return model
@@ -64,7 +87,15 @@ def t5_base(tmp_path_factory):
     """A folder with a quantized T5, its decoder included, and a task on its encoder."""
     folder = tmp_path_factory.mktemp("t5")
     torch.manual_seed(0)
-    sizes = {"vocab_size": 60, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    sizes = {
+        "vocab_size": 60,
+        "d_model": 32,
+        "d_kv": 16,
+        "d_ff": 64,
+        "num_layers": 1,
+        "num_heads": 2,
+        "decoder_start_token_id": 0,
+    }
     model = T5ForConditionalGeneration(T5Config(**sizes, feed_forward_proj="gated-gelu"))
     quantize_model(model, PreQuantConfig(r=2, activation_bits=None))
     model.save_pretrained(folder / "base")
@@ -91,7 +122,7 @@ def assert_close(values, expected):
         torch.testing.assert_close(value, wanted, rtol=0, atol=TOLERANCE)
 
 
-# ---- a model ----------------------------------------------------------------------------------------------------------------
+# ---- a model ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_classifier_with_its_padding_and_segments(bert_file):
@@ -122,8 +153,13 @@ def test_both_axes_of_the_inputs_are_free(bert_file):
 
 def test_the_file_is_about_as_large_as_the_quantized_weights(bert_file):
     model, result, path = bert_file
-    held = sum(module.stored_bytes() if isinstance(module, PreQuantLinear) else module.weight_packed.nbytes for module in quantized_modules(model))
-    held += sum(parameter.nbytes for name, parameter in model.named_parameters() if "pooler" in name or "classifier" in name)
+    held = sum(
+        module.stored_bytes() if isinstance(module, PreQuantLinear) else module.weight_packed.nbytes
+        for module in quantized_modules(model)
+    )
+    held += sum(
+        parameter.nbytes for name, parameter in model.named_parameters() if "pooler" in name or "classifier" in name
+    )
     content = path.read_bytes()
     file = File(content)
     stored = sum(tensor.nbytes for tensor in file.tensors.values())
@@ -139,10 +175,15 @@ def test_the_file_names_no_path_of_this_machine(bert_file):
 
 
 def test_a_task_on_the_encoder_of_a_t5(t5_base, tmp_path):
-    """T5's feed-forward looks at its matrix's dtype. The base has float activations, of which nothing needs to be said."""
+    """T5's feed-forward looks at its matrix's dtype. The base has float activations,
+    of which nothing needs to be said.
+    """
     folder, trained = t5_base
     result = run("export", "onnx", folder / "base", "--task-file", folder / "three.task", "-o", tmp_path / "three.onnx")
-    assert f"wrote {tmp_path / 'three.onnx'}" in result.stderr and "of the weight-only model in onnxruntime" in result.stderr
+    assert (
+        f"wrote {tmp_path / 'three.onnx'}" in result.stderr
+        and "of the weight-only model in onnxruntime" in result.stderr
+    )
     assert "activations are float" not in result.stderr and not result.stdout
     inputs = random_inputs(trained, 2, 9)
     (logits,) = run_onnx((tmp_path / "three.onnx").read_bytes(), inputs)
@@ -161,7 +202,7 @@ def test_minilm(minilm_dir, tmp_path):
     assert_close(run_onnx((tmp_path / "minilm.onnx").read_bytes(), inputs), expected_outputs(model, inputs))
 
 
-# ---- what is refused --------------------------------------------------------------------------------------------------------
+# ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -178,7 +219,10 @@ def test_the_check_compares_each_output_with_its_largest_value():
     values = [expected["large"] + 0.1, expected["small"] + 2e-5, torch.zeros(2)]
     absolute, relative = difference(values, expected)
     assert absolute == pytest.approx(0.1, rel=1e-2) and relative == pytest.approx(5e-5, rel=1e-2)
-    with pytest.raises(RuntimeError, match=r"graph's small differs from the model's by up to 6e-05 .* largest value is 0\.5; at most 0\.0001 of it"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"graph's small differs from the model's by up to 6e-05 .* largest value is 0\.5; at most 0\.0001 of it",
+    ):
         difference([values[0], expected["small"] + 6e-5, values[2]], expected)
     with pytest.raises(RuntimeError, match="graph's large differs from the model's by up to nan"):
         difference([values[0] * float("nan"), *values[1:]], expected)
@@ -186,7 +230,11 @@ def test_the_check_compares_each_output_with_its_largest_value():
 
 def test_a_graph_that_computes_something_else_is_not_written(without_tracing, monkeypatch, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"older")
-    monkeypatch.setattr(export, "run_onnx", lambda _, inputs: [value + 1 for value in expected_outputs(without_tracing, inputs).values()])
+    monkeypatch.setattr(
+        export,
+        "run_onnx",
+        lambda _, inputs: [value + 1 for value in expected_outputs(without_tracing, inputs).values()],
+    )
     with pytest.raises(RuntimeError, match="graph's logits differs from the model's by up to 1 on a random batch"):
         export_onnx(without_tracing, tmp_path / "model.onnx")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("model.onnx", b"older")]
@@ -205,7 +253,9 @@ def test_a_full_disk_leaves_the_older_file(without_tracing, monkeypatch, tmp_pat
 
 def test_without_onnxruntime_nothing_is_checked(without_tracing, monkeypatch, tmp_path):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "onnxruntime" else find_spec(name, *rest))
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == "onnxruntime" else find_spec(name, *rest)
+    )
     monkeypatch.setattr(export, "run_onnx", None)
     written = export_onnx(without_tracing, tmp_path / "model.onnx")
     assert (written.bytes, written.difference, written.relative) == (5, None, None)
@@ -219,7 +269,10 @@ def a_decoder():
     return model
 
 
-@pytest.mark.parametrize(("make", "outputs"), [(a_decoder, ("logits",)), (lambda: quantized_bert(BertModel), ("last_hidden_state", "pooler_output"))])
+@pytest.mark.parametrize(
+    ("make", "outputs"),
+    [(a_decoder, ("logits",)), (lambda: quantized_bert(BertModel), ("last_hidden_state", "pooler_output"))],
+)
 def test_outputs_of_other_models(make, outputs, monkeypatch, tmp_path):
     """No cache and no hidden states of the blocks, whatever the config asks for."""
     monkeypatch.setattr(export, "onnx_bytes", lambda _, inputs, names: b"graph")
@@ -230,7 +283,8 @@ def test_outputs_of_other_models(make, outputs, monkeypatch, tmp_path):
 
 def test_a_directory_of_another_dtype_is_loaded_in_float32(without_tracing, tmp_path):
     copy.deepcopy(without_tracing).to(torch.bfloat16).save_pretrained(tmp_path / "base")
-    with pytest.raises(RuntimeError, match="graph's logits differs"):  # from the float32 model's: the weights outside the matrices are rounded
+    # from the float32 model's: the weights outside the matrices are rounded
+    with pytest.raises(RuntimeError, match="graph's logits differs"):
         directory.export_onnx_directory(str(tmp_path / "base"), None, tmp_path / "model.onnx")
 
 
@@ -238,7 +292,10 @@ def test_the_model_stays_as_it_is(without_tracing, tmp_path):
     before = snapshot(without_tracing)
     written = export_onnx(without_tracing, tmp_path / "model.onnx")
     assert_unchanged(without_tracing, before)
-    assert all(module.activation_bits == 8 for module in without_tracing.modules() if isinstance(module, PreQuantLinear)) and written.drops_activation_bits
+    assert (
+        all(module.activation_bits == 8 for module in without_tracing.modules() if isinstance(module, PreQuantLinear))
+        and written.drops_activation_bits
+    )
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
@@ -250,13 +307,16 @@ def test_the_check_is_made_in_float32(precision, without_tracing, tmp_path):
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
-    assert (written.difference > 0) == (precision == "high")  # the stand-in for onnxruntime follows the setting; what it is compared with does not
+    # the stand-in for onnxruntime follows the setting; what it is compared with does not
+    assert (written.difference > 0) == (precision == "high")
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
 def test_a_missing_package_is_named(missing, monkeypatch, tmp_path):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == missing else find_spec(name, *rest))
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == missing else find_spec(name, *rest)
+    )
     with pytest.raises(ValueError, match=rf"needs {missing}, not installed here: pip install 'prequant_ext\[onnx\]'"):
         export_onnx(quantized_bert(), tmp_path / "model.onnx")
 
@@ -303,17 +363,23 @@ def test_a_path_that_cannot_be_a_file(path, tmp_path):
 def test_a_model_that_reads_something_else(monkeypatch, tmp_path):
     model = quantized_bert()
     monkeypatch.setattr(model, "forward", lambda pixel_values: None)
-    with pytest.raises(ValueError, match="must read input_ids and attention_mask to be exported, but BertForSequenceClassification has no input_ids"):
+    with pytest.raises(
+        ValueError,
+        match="must read input_ids and attention_mask to be exported, but BertForSequenceClassification has no "
+        "input_ids",
+    ):
         export_onnx(model, tmp_path / "model.onnx")
 
 
 def test_a_model_that_no_file_can_hold(monkeypatch, tmp_path):
     monkeypatch.setattr(export, "MAX_BYTES", 100_000)
-    with pytest.raises(ValueError, match=r"model must fit one ONNX file, at most 0.00 GB, but its tensors take 0.00 GB"):
+    with pytest.raises(
+        ValueError, match=r"model must fit one ONNX file, at most 0.00 GB, but its tensors take 0.00 GB"
+    ):
         export_onnx(quantized_bert(), tmp_path / "model.onnx")
 
 
-# ---- the command ------------------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -329,7 +395,9 @@ def test_a_model_that_no_file_can_hold(monkeypatch, tmp_path):
 )
 def test_what_the_command_refuses(arguments, message, float_dir, bert, t5_base, tmp_path):
     names = {"float": float_dir, "base": bert[1], "t5": t5_base[0]}
-    result = run("export", "onnx", *(argument.format(**names) for argument in arguments), "-o", tmp_path / "model.onnx", expect=2)
+    result = run(
+        "export", "onnx", *(argument.format(**names) for argument in arguments), "-o", tmp_path / "model.onnx", expect=2
+    )
     assert message in result.stderr and not result.stdout
     assert not (tmp_path / "model.onnx").exists()
 

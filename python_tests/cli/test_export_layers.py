@@ -50,11 +50,15 @@ class Zoo(nn.Module):
         for name, (K, N, axis, has_bias, hidden_size, settings) in LAYERS.items():
             linear = nn.Linear(K, N, bias=has_bias)
             linear.weight.data.add_(0.1)  # zero points off the middle of the codes
-            self.layers[name] = PreQuantLinear.from_linear(linear, PreQuantConfig(**({"r": 2} | settings)), axis, hidden_size=hidden_size)
+            self.layers[name] = PreQuantLinear.from_linear(
+                linear, PreQuantConfig(**({"r": 2} | settings)), axis, hidden_size=hidden_size
+            )
         table = nn.Embedding(20, 9)
         table.weight.data.add_(0.5)
         configs = {granularity: PreQuantConfig(embedding_granularity=granularity) for granularity in TABLES}
-        self.tables = nn.ModuleDict({granularity: PreQuantEmbedding.from_embedding(table, config) for granularity, config in configs.items()})
+        self.tables = nn.ModuleDict(
+            {granularity: PreQuantEmbedding.from_embedding(table, config) for granularity, config in configs.items()}
+        )
 
     def forward(self, x, ids):
         products = {name: layer(x[..., : layer.weight.shape[1]]) for name, layer in self.layers.items()}
@@ -68,13 +72,20 @@ def zoo():
 
 @pytest.fixture(scope="module")
 def zoo_content(zoo):
-    return onnx_bytes(exportable_(copy.deepcopy(zoo)), {"x": torch.randn(2, 8, 300), "ids": torch.zeros(2, 8, dtype=torch.int64)}, [*LAYERS, *TABLES])
+    return onnx_bytes(
+        exportable_(copy.deepcopy(zoo)),
+        {"x": torch.randn(2, 8, 300), "ids": torch.zeros(2, 8, dtype=torch.int64)},
+        [*LAYERS, *TABLES],
+    )
 
 
 @pytest.fixture(scope="module")
 def zoo_outputs(zoo_content):
     """(inputs of a shape that was not traced, outputs by name)."""
-    inputs = {"x": torch.randn(3, 5, 300, generator=torch.Generator().manual_seed(1)), "ids": torch.arange(15).view(3, 5)}
+    inputs = {
+        "x": torch.randn(3, 5, 300, generator=torch.Generator().manual_seed(1)),
+        "ids": torch.arange(15).view(3, 5),
+    }
     return inputs, dict(zip([*LAYERS, *TABLES], run_onnx(zoo_content, inputs), strict=True))
 
 
@@ -122,13 +133,21 @@ def test_the_file_holds_the_layers_codes_scales_and_zero_points(name, zoo, zoo_c
     blocks = -(-attributes["K"] // block)
     assert (attributes["N"], attributes["bits"], attributes["accuracy_level"]) == (N, container, 1)
     assert packed.dtype == torch.uint8 and packed.shape == (N, blocks, block * container // 8)
-    assert scale.shape == (N, blocks) and zero_point.dtype == torch.uint8 and zero_point.shape == (N, -(-blocks * container // 8))
+    assert (
+        scale.shape == (N, blocks)
+        and zero_point.dtype == torch.uint8
+        and zero_point.shape == (N, -(-blocks * container // 8))
+    )
 
     # The operator's own reading: code k of a row belongs to block k // block_size; lowest bits first.
     stored = reference.unpack(packed.flatten(1), blocks * block, layer.bits).view(N, blocks, block).float()
-    values = ((stored - reference.unpack(zero_point, blocks, layer.bits)[..., None].float()) * scale[..., None]).view(N, layer.weight_scale.shape[1], -1)
+    values = ((stored - reference.unpack(zero_point, blocks, layer.bits)[..., None].float()) * scale[..., None]).view(
+        N, layer.weight_scale.shape[1], -1
+    )
     group = K // layer.weight_scale.shape[1]
-    dense = ops.dequantize(layer.canonical_packed(), layer.weight_scale, layer.weight_zero_point, K, layer.bits, torch.float32)
+    dense = ops.dequantize(
+        layer.canonical_packed(), layer.weight_scale, layer.weight_zero_point, K, layer.bits, torch.float32
+    )
     assert torch.equal(values[..., :group].flatten(1), dense)
     assert not values[..., group:].any()  # padding is worth nothing
     if group % block == 0:

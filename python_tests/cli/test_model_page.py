@@ -99,7 +99,7 @@ def page(inspection, proposal, task_files):
     return model_page(inspection, proposal, task_files)
 
 
-# ---- values -------------------------------------------------------------------------------------------------------------
+# ---- values ----------------------------------------------------------------------------------------------------------
 
 
 def test_sections_and_figures(page):
@@ -133,13 +133,19 @@ def test_dimensions_are_ranked_by_how_often_they_recur(inspection, page):
     assert titles[:2] == ["dimension", "matrices"] and len(rows) == min(15, len(recurrence.counts))
     for row in rows:
         holding = recurrence.holding(int(row[0]))
-        assert row[1:4] == [f"{len(holding)} of 12", *(str(sum(matrix.layer.axis == axis for matrix in holding)) for axis in ("input", "output"))]
-        assert row[4] == {(0,): "0", (1,): "1", (0, 1): "0-1"}[tuple(sorted({matrix.block.index for matrix in holding}))]
+        assert row[1:4] == [
+            f"{len(holding)} of 12",
+            *(str(sum(matrix.layer.axis == axis for matrix in holding)) for axis in ("input", "output")),
+        ]
+        assert (
+            row[4] == {(0,): "0", (1,): "1", (0, 1): "0-1"}[tuple(sorted({matrix.block.index for matrix in holding}))]
+        )
     assert [int(row[0]) for row in rows] == list(recurrence.counts)[:15]
     recurring = {str(dim) for dim, count in recurrence.counts.items() if count > 1}
     assert recurring and recurring <= set(figures(page))
     assert (
-        f"{len(recurrence.counts)} different ones; {len(recurring)} recur. Drawn at random, each would be in 0.75 matrices." in Page(page).texts["dimensions"]
+        f"{len(recurrence.counts)} different ones; {len(recurring)} recur. Drawn at random, each would be in 0.75 "
+        "matrices." in Page(page).texts["dimensions"]
     )
 
 
@@ -147,9 +153,18 @@ def test_histograms_have_the_true_clip_range(inspection, page):
     _, *rows = Page(page).rows["histograms"]
     for (title, matrix), row in zip(telling(inspection.matrices), rows, strict=True):
         low, high, _ = clip_range(matrix.layer)
-        assert row == [matrix.row.name, title, "4", f"{low:.4g}", f"{high:.4g}", f"{100 * histogram(matrix).clipped:.2f} %"]
+        assert row == [
+            matrix.row.name,
+            title,
+            "4",
+            f"{low:.4g}",
+            f"{high:.4g}",
+            f"{100 * histogram(matrix).clipped:.2f} %",
+        ]
         sigma = matrix.weight.double().std(correction=0)
-        assert f"codes reach {low:.3g} to {high:.3g}, {low / sigma:.2f} σ to {high / sigma:.2f} σ".replace("-", "−") in figures(page)
+        assert f"codes reach {low:.3g} to {high:.3g}, {low / sigma:.2f} σ to {high / sigma:.2f} σ".replace(
+            "-", "−"
+        ) in figures(page)
     assert "−3.00 σ to 2.6" in "".join(figures(page)) and "3.00 σ to 3.00 σ" not in "".join(figures(page))
 
 
@@ -164,15 +179,23 @@ def test_the_proposal_stands_with_its_command_and_its_limits(proposal, inspectio
     text = found.texts["sensitivity"]
     assert f"prequant quantize tiny -o DIR {rules}" in text
     assert "3 bits take the place of 4" in text and "What this cannot see is how far an error travels" in text
-    assert f"a model of {proposal.model_bytes / 1e6:,.2f} MB, L2 error of the matrices {math.sqrt(proposal.squared_error):.4g}" in text
+    assert (
+        f"a model of {proposal.model_bytes / 1e6:,.2f} MB, L2 error of the matrices "
+        f"{math.sqrt(proposal.squared_error):.4g}" in text
+    )
 
 
 def test_tasks_have_the_norms_of_their_changes(inspection, task_files, page):
     changes = task_changes(inspection, task_files)
     _, *rows = Page(page).rows["tasks"]
     assert [row[:3] for row in rows] == [["sst2", "sst2.task", "0.8372"], ["mrpc", "mrpc.task", "0.8372"]]
-    assert [row[3:5] for row in rows] == [[f"{change.norm:.4g}", f"{100 * change.norm / change.base_norm:.1f} %"] for change in changes]
-    assert float(rows[1][3]) == pytest.approx(4 * float(rows[0][3]), rel=1e-3) and rows[0][5] == inspection.matrices[-1].row.name
+    assert [row[3:5] for row in rows] == [
+        [f"{change.norm:.4g}", f"{100 * change.norm / change.base_norm:.1f} %"] for change in changes
+    ]
+    assert (
+        float(rows[1][3]) == pytest.approx(4 * float(rows[0][3]), rel=1e-3)
+        and rows[0][5] == inspection.matrices[-1].row.name
+    )
     assert {f"{norm:.2f}" for change in changes for own in change.norms for norm in own} <= set(figures(page))
 
 
@@ -184,13 +207,15 @@ def test_runs_join_the_page(inspection, tmp_path):
         model_page(inspection, runs=tmp_path / "none")
 
 
-# ---- what models lack ---------------------------------------------------------------------------------------------------
+# ---- what models lack ------------------------------------------------------------------------------------------------
 
 
 def test_a_page_of_unknown_blocks():
     text = model_page(inspect_float("plain", Plain(), PreQuantConfig(r=1, axis="input")))
     texts = Page(text).texts
-    assert "its errors have no place in a map" in texts["error"] and "none of its matrices is known" in texts["dimensions"]
+    assert (
+        "its errors have no place in a map" in texts["error"] and "none of its matrices is known" in texts["dimensions"]
+    )
     assert "layer_bits could not name them" in texts["sensitivity"] and text.count("<svg") == 1
 
 
@@ -205,7 +230,10 @@ def test_a_page_without_outlier_dimensions(tmp_path):
     alpha = inspect_float("alpha", tiny_model("bert"), PreQuantConfig(r=0, train_scales=True))
     task.save_task(alpha.model, "sst2", tmp_path / "a.task")
     text = model_page(alpha, task_files=[tmp_path / "a.task"])
-    assert "outlier dimensions: it has none" in Page(text).texts["dimensions"] and "its tasks changed none" in Page(text).texts["tasks"]
+    assert (
+        "outlier dimensions: it has none" in Page(text).texts["dimensions"]
+        and "its tasks changed none" in Page(text).texts["tasks"]
+    )
     assert "train_scales = True" in text
 
 
@@ -226,7 +254,7 @@ def test_names_stay_text(inspection, proposal, task_files, tmp_path):
     assert "prequant quantize '<script>&' -o" in found.texts["sensitivity"]
 
 
-# ---- the command --------------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def run(*arguments, expect=0):
@@ -253,8 +281,11 @@ def test_pages_of_a_float_model_and_of_its_directory_agree(float_model, base, tm
     fresh, stored = (Page((tmp_path / name).read_text()) for name in ("float.html", "base.html"))
     for section in ("coverage", "error"):
         assert fresh.rows[section] == stored.rows[section]
-    assert [row[:-1] for row in fresh.rows["dimensions"]] == [row[:-1] for row in stored.rows["dimensions"]]  # sizes are over another norm
-    assert "The float weights are gone" in stored.texts["histograms"] and {row[-1] for row in stored.rows["histograms"][1:]} == {"not known"}
+    # sizes are over another norm
+    assert [row[:-1] for row in fresh.rows["dimensions"]] == [row[:-1] for row in stored.rows["dimensions"]]
+    assert "The float weights are gone" in stored.texts["histograms"] and {
+        row[-1] for row in stored.rows["histograms"][1:]
+    } == {"not known"}
     assert "need the float weights" in stored.texts["sensitivity"] and fresh.rows["sensitivity"]
 
 
@@ -270,7 +301,10 @@ def test_a_budget_without_a_page_prints_the_proposal(float_model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{float}", "--budget", "much"), "budget must be megabytes such as 16MB, or bits a weight such as 3.0, got 'much'"),
+        (
+            ("{float}", "--budget", "much"),
+            "budget must be megabytes such as 16MB, or bits a weight such as 3.0, got 'much'",
+        ),
         (("{float}", "--budget", "1.5", "-o", "{out}"), "bits_per_weight must be at least 2,"),
         (("{float}", "--budget", "0.001MB", "-o", "{out}"), "budget_bytes must be at least"),
         (("{base}", "--budget", "3", "-o", "{out}"), "--budget needs float weights"),
@@ -284,7 +318,13 @@ def test_a_budget_without_a_page_prints_the_proposal(float_model):
 )
 def test_refusals_write_nothing(arguments, message, float_model, base, tmp_path):
     (tmp_path / "there").write_text("mine")
-    names = {"float": float_model, "base": base, "out": tmp_path / "out", "none": tmp_path / "none", "there": tmp_path / "there"}
+    names = {
+        "float": float_model,
+        "base": base,
+        "out": tmp_path / "out",
+        "none": tmp_path / "none",
+        "there": tmp_path / "there",
+    }
     result = run(*(argument.format(**names) for argument in arguments), expect=2)
     assert message in result.stderr and not result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["there"] and (tmp_path / "there").read_text() == "mine"

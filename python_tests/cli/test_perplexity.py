@@ -25,7 +25,9 @@ def loss_of(model, context, token):
 
 
 def brute_force(model, tokens, max_length, stride):
-    """By predicted token: the first window that holds it behind another one, a pass over just the tokens before it in that window."""
+    """By predicted token: the first window that holds it behind another one, a pass over just the tokens before it in
+    that window.
+    """
     losses = []
     for position in range(len(tokens)):
         begins = [begin for begin in range(0, len(tokens), stride) if begin < position < begin + max_length]
@@ -132,18 +134,31 @@ def test_refuses(tokens, settings, message):
 
 
 def test_a_model_that_sees_what_it_predicts_or_predicts_nothing_is_refused():
-    masked, encoder_decoder = AutoModelForMaskedLM.from_config(make_toy("bert").config), AutoModelForSeq2SeqLM.from_config(make_toy("t5").config)
-    for model in (masked, encoder_decoder, make_toy("bert"), AutoModel.from_config(make_toy("llama").config), torch.nn.Linear(3, 3)):
-        with pytest.raises(ValueError, match=f"model must be a causal language model of transformers, got {type(model).__name__}"):
+    masked, encoder_decoder = (
+        AutoModelForMaskedLM.from_config(make_toy("bert").config),
+        AutoModelForSeq2SeqLM.from_config(make_toy("t5").config),
+    )
+    for model in (
+        masked,
+        encoder_decoder,
+        make_toy("bert"),
+        AutoModel.from_config(make_toy("llama").config),
+        torch.nn.Linear(3, 3),
+    ):
+        with pytest.raises(
+            ValueError, match=f"model must be a causal language model of transformers, got {type(model).__name__}"
+        ):
             perplexity(model, TOKENS)
 
 
-# ---- the command ------------------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def run(*arguments, expect=0):
     """The result of ``prequant perplexity ARGUMENTS``; its standard output is JSON where --json is among them."""
-    result = CliRunner().invoke(cli.app, ["perplexity", *(str(argument) for argument in arguments)], catch_exceptions=False)
+    result = CliRunner().invoke(
+        cli.app, ["perplexity", *(str(argument) for argument in arguments)], catch_exceptions=False
+    )
     assert result.exit_code == expect, result.output
     return json.loads(result.stdout) if "--json" in arguments and expect == 0 else result
 
@@ -185,14 +200,19 @@ def test_the_command_measures_float_quantized_and_fine_tuned(folder):
     window = ("--text", folder / "text", "--max-length", 8, "--stride", 3)
     before = run(folder / "base", *window, "--compare", folder / "float", "--json")
     assert before["perplexity"] == pytest.approx(expected["base"], rel=1e-2)
-    assert before["compared"] == {"model": str(folder / "float"), "perplexity": pytest.approx(expected["float"], rel=1e-4)}
+    assert before["compared"] == {
+        "model": str(folder / "float"),
+        "perplexity": pytest.approx(expected["float"], rel=1e-4),
+    }
     assert (before["predicted_tokens"], before["max_length"], before["stride"], before["task_file"]) == (22, 8, 3, None)
     after = run(folder / "base", *window, "--task-file", folder / "negated.task", "--json")
     assert after["perplexity"] == pytest.approx(expected["task"], rel=1e-2)
     assert "compared" not in after
 
     lines = run(folder / "base", *window, "--compare", folder / "float").stdout.splitlines()
-    assert [float(line.split()[-1]) for line in lines[2:4]] == pytest.approx([before["perplexity"], before["compared"]["perplexity"]], abs=1e-3)
+    assert [float(line.split()[-1]) for line in lines[2:4]] == pytest.approx(
+        [before["perplexity"], before["compared"]["perplexity"]], abs=1e-3
+    )
     assert lines[-1] == f"22 predicted tokens of {folder / 'text'}, windows of 8, one every 3"
 
 
@@ -211,13 +231,19 @@ def test_what_the_command_refuses(folder):
     text = ("--text", folder / "text")
     for arguments, message in (
         ((folder / "none", *text), "no model at"),
-        ((folder / "bert", *text), "must be a causal language model, but its config.json names the architecture BertForSequenceClassification"),
+        (
+            (folder / "bert", *text),
+            "must be a causal language model, but its config.json names the architecture BertForSequenceClassification",
+        ),
         ((folder / "mute", *text), "mute has no tokenizer"),
         ((folder / "base", "--text", folder / "none"), "none"),
         ((folder / "base", "--text", folder / "binary"), "binary must be a text in UTF-8"),
         ((folder / "base", "--text", folder / "empty"), "tokens must be at least 2"),
         ((folder / "base", *text, "--stride", 41), "stride must be an integer from 1 to max_length = 40, got 41"),
-        ((folder / "base", *text, "--compare", folder / "shifted"), "must have the same tokenizer, but make different tokens"),
+        (
+            (folder / "base", *text, "--compare", folder / "shifted"),
+            "must have the same tokenizer, but make different tokens",
+        ),
         ((folder / "float", *text, "--task-file", folder / "negated.task"), "must be quantized"),
     ):
         result = run(*arguments, expect=2)

@@ -17,7 +17,10 @@ def served(tmp_path_factory):
     """(base, task files by name)."""
     folder = tmp_path_factory.mktemp("predict")
     base = save_base(folder)
-    return base, {name: save_random_task(base, folder / f"{name}.task", name, labels, seed) for seed, (name, labels) in enumerate(LABELS.items())}
+    return base, {
+        name: save_random_task(base, folder / f"{name}.task", name, labels, seed)
+        for seed, (name, labels) in enumerate(LABELS.items())
+    }
 
 
 def predict(served, rows, *options):
@@ -35,7 +38,11 @@ def test_each_row_is_answered_as_by_its_task_alone(served):
     for answer in answers:
         name = answer["task"]
         logits = direct_logits(base, files[name], LABELS[name], *((TEXT,) if name == "sst2" else (TEXT, OTHER)))
-        found = torch.tensor(list(answer["probabilities"].values())) if "probabilities" in answer else torch.tensor([answer["score"]])
+        found = (
+            torch.tensor(list(answer["probabilities"].values()))
+            if "probabilities" in answer
+            else torch.tensor([answer["score"]])
+        )
         torch.testing.assert_close(found, logits.softmax(0) if len(logits) > 1 else logits, atol=1e-4, rtol=1e-3)
 
 

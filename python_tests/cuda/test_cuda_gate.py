@@ -1,6 +1,8 @@
-"""What nvcc makes of the CUDA kernels for every architecture: resources within csrc/cuda/budgets.toml, and the instructions that their speed hangs on.
+"""What nvcc makes of the CUDA kernels for every architecture: resources within csrc/cuda/budgets.toml, and the
+instructions that their speed hangs on.
 
-Read from the built library; what that lacks is compiled, which takes minutes the first time (tools/cubins.py). Needs nvcc, not a GPU.
+Read from the built library; what that lacks is compiled, which takes minutes the first time (tools/cubins.py). Needs
+nvcc, not a GPU.
 """
 
 import re
@@ -15,14 +17,17 @@ from support import ROOT
 from tools.budgets import MULTIPROCESSORS, blocks_per_multiprocessor, find_budget, read_budgets
 from tools.cubins import ARCHITECTURES, SOURCES, Cubin, Kernel
 
-FILES = [*SOURCES, *sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))]  # kernels that several sources launch stand in headers
+# kernels that several sources launch stand in headers
+FILES = [*SOURCES, *sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))]
 pytestmark = [pytest.mark.gate, pytest.mark.slow, pytest.mark.timeout(2400)]
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids="sm_{}".format)
 
 
 @pytest.fixture(scope="session")
 def cubins() -> list[Cubin]:
-    """Every kernel for every architecture. No nvcc is a reason to skip; nvcc without the tools that read its output is a failure."""
+    """Every kernel for every architecture. No nvcc is a reason to skip; nvcc without the tools that read its output is
+    a failure.
+    """
     if gate.find_nvcc() is None:
         pytest.skip("nvcc is not installed")
     try:
@@ -46,11 +51,16 @@ def test_the_built_library_is_what_is_read(cubins):
     assert {cubin.source for cubin in cubins} == {source.name for source in SOURCES}
 
 
-# ---- resources -----------------------------------------------------------------------------------------------------------------------------
+# ---- resources -------------------------------------------------------------------------------------------------------
 
 
 def test_every_kernel_of_the_sources_is_compiled(cubins):
-    declared = {name for source in FILES for name in re.findall(r"\b(\w+_kernel)\(", _without_comments(source)) if "__global__" in source.read_text()}
+    declared = {
+        name
+        for source in FILES
+        for name in re.findall(r"\b(\w+_kernel)\(", _without_comments(source))
+        if "__global__" in source.read_text()
+    }
     compiled = {kernel.function for cubin in cubins for kernel in cubin.kernels}
     assert compiled and compiled <= declared
     assert not {name for name in declared if _is_defined(name)} - compiled
@@ -82,9 +92,13 @@ def test_resources_and_occupancy_are_within_the_budgets(kernels, architecture):
         budget = find_budget(budgets, kernel)
         assert budget, f"csrc/cuda/budgets.toml has no entry for {kernel.name}: make budgets"
         assert kernel.registers <= budget.registers[architecture], f"{kernel.name} takes {kernel.registers} registers"
-        assert kernel.shared_bytes <= budget.shared[architecture], f"{kernel.name} takes {kernel.shared_bytes} bytes of static shared memory"
+        assert kernel.shared_bytes <= budget.shared[architecture], (
+            f"{kernel.name} takes {kernel.shared_bytes} bytes of static shared memory"
+        )
         blocks = budget.fitting_blocks(architecture, kernel.registers, kernel.shared_bytes)
-        assert blocks >= max(1, budget.blocks[architecture]), f"only {blocks} blocks of {kernel.name} fit on a multiprocessor"
+        assert blocks >= max(1, budget.blocks[architecture]), (
+            f"only {blocks} blocks of {kernel.name} fit on a multiprocessor"
+        )
 
 
 def test_every_budget_is_of_a_kernel_that_exists(cubins):
@@ -96,16 +110,30 @@ def test_every_budget_is_of_a_kernel_that_exists(cubins):
 def test_occupancy_is_that_of_cudas_own_calculator(tmp_path):
     """cuda_occupancy.h is host code of the toolkit; the device's properties are ours to state."""
     include = _cuda_include()
-    cases = [(architecture, registers, threads, shared) for architecture in ARCHITECTURES for registers in (24, 40, 128, 168, 210, 255)
-             for threads in (32, 96, 128, 256) for shared in (0, 1000, 20480, 49152, 65536)]  # fmt: skip
+    cases = [
+        (architecture, registers, threads, shared)
+        for architecture in ARCHITECTURES
+        for registers in (24, 40, 128, 168, 210, 255)
+        for threads in (32, 96, 128, 256)
+        for shared in (0, 1000, 20480, 49152, 65536)
+    ]
     lines = []
     for architecture, registers, threads, shared in cases:
         limits = MULTIPROCESSORS[architecture]
-        properties = [architecture // 10, architecture % 10, limits.threads, limits.shared_bytes, limits.block_shared_bytes, limits.reserved_shared_bytes]
+        properties = [
+            architecture // 10,
+            architecture % 10,
+            limits.threads,
+            limits.shared_bytes,
+            limits.block_shared_bytes,
+            limits.reserved_shared_bytes,
+        ]
         lines.append(f"    blocks({', '.join(map(str, [*properties, registers, threads, shared]))});")
     source = tmp_path / "occupancy.cpp"
     source.write_text(_OCCUPANCY.replace("CASES", "\n".join(lines)))
-    subprocess.run(["g++", "-std=c++17", "-isystem", str(include), str(source), "-o", str(tmp_path / "occupancy")], check=True)
+    subprocess.run(
+        ["g++", "-std=c++17", "-isystem", str(include), str(source), "-o", str(tmp_path / "occupancy")], check=True
+    )
     answers = subprocess.run([str(tmp_path / "occupancy")], capture_output=True, text=True, check=True).stdout.split()
     for case, answer in zip(cases, answers, strict=True):
         assert blocks_per_multiprocessor(*case) == int(answer), case
@@ -116,7 +144,8 @@ _OCCUPANCY = """
 #include <cstddef>
 #include <cstdio>
 #include <cuda_occupancy.h>
-void blocks(int major, int minor, int threads_limit, size_t shared_limit, size_t block_limit, size_t reserved, int registers, int threads, size_t shared) {
+void blocks(int major, int minor, int threads_limit, size_t shared_limit, size_t block_limit, size_t reserved,
+            int registers, int threads, size_t shared) {
     cudaOccDeviceProp device{};
     device.computeMajor = major, device.computeMinor = minor, device.warpSize = 32, device.numSms = 1;
     device.maxThreadsPerBlock = 1024, device.maxThreadsPerMultiprocessor = threads_limit;
@@ -124,11 +153,13 @@ void blocks(int major, int minor, int threads_limit, size_t shared_limit, size_t
     device.sharedMemPerBlock = 48 << 10, device.sharedMemPerMultiprocessor = shared_limit;
     device.sharedMemPerBlockOptin = block_limit, device.reservedSharedMemPerBlock = reserved;
     cudaOccFuncAttributes function{};
-    function.maxThreadsPerBlock = INT_MAX, function.numRegs = registers, function.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
+    function.maxThreadsPerBlock = INT_MAX, function.numRegs = registers;
+    function.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
     function.maxDynamicSharedSizeBytes = block_limit;
     cudaOccDeviceState state{};
     cudaOccResult result{};
-    const cudaOccError error = cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &function, &state, threads, shared);
+    const cudaOccError error =
+        cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &function, &state, threads, shared);
     std::printf("%d\\n", error == CUDA_OCC_SUCCESS ? result.activeBlocksPerMultiprocessor : -1);
 }
 int main() {
@@ -141,12 +172,16 @@ def _cuda_include() -> Path:
     nvcc = gate.find_nvcc()
     if nvcc is None:
         pytest.skip("nvcc is not installed")
-    top = re.search(r"^#\$ TOP=(.*)$", subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr, re.M)
+    top = re.search(
+        r"^#\$ TOP=(.*)$",
+        subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr,
+        re.M,
+    )
     assert top
     return Path(top[1].strip()) / "include"
 
 
-# ---- instructions --------------------------------------------------------------------------------------------------------------------------
+# ---- instructions ----------------------------------------------------------------------------------------------------
 
 # file, kernels by name, SASS opcode, from which architecture on
 HALF, BFLOAT16 = r"_kernel<__half", r"_kernel<__nv_bfloat16"
@@ -158,18 +193,33 @@ PROMISED = {
     "dequantize writes 128 bits": ("dequantize.cu", r"dequantize(_chunks)?_kernel<.*, [48]>$", r"STG\.E\..*128", 75),
     "quantize_pack reads 128 bits": ("quantize_pack.cu", r"quantize_pack_kernel<.*, true>", r"LDG\.E\..*128", 75),
     "outlier_counts reads 128 bits": ("outlier_counts.cu", r"outlier_counts_kernel<.*, true>", r"LDG\.E\..*128", 75),
-    "weight_stats copies asynchronously": ("weight_stats.cu", r"weight_stats_kernel<.*, true>", r"LDGSTS\.E\..*128", 80),
+    "weight_stats copies asynchronously": (
+        "weight_stats.cu",
+        r"weight_stats_kernel<.*, true>",
+        r"LDGSTS\.E\..*128",
+        80,
+    ),
     "gemv reads 128 bits": ("linear_w4a16.cu", rf"gemv{HALF}", r"LDG\.E\..*128", 75),
     "simt reads 128 bits": ("linear_w4a16.cu", r"simt_kernel<[48]", r"LDG\.E\..*128", 75),
     "linear_w4a16 multiplies float16 on tensor cores": ("linear_w4a16.cu", rf"(gemv|linear_w4a16){HALF}", r"HMMA", 75),
-    "linear_w4a16 multiplies bfloat16 on tensor cores": ("linear_w4a16.cu", rf"(gemv|linear_w4a16){BFLOAT16}", r"HMMA.*BF16", 80),
+    "linear_w4a16 multiplies bfloat16 on tensor cores": (
+        "linear_w4a16.cu",
+        rf"(gemv|linear_w4a16){BFLOAT16}",
+        r"HMMA.*BF16",
+        80,
+    ),
     "linear_w4a16 copies asynchronously": ("linear_w4a16.cu", r"(gemv|linear_w4a16)_kernel", r"LDGSTS\.E\..*128", 80),
     "linear_w4a16 reads fragments by ldmatrix": ("linear_w4a16.cu", rf"(gemv|linear_w4a16){HALF}", r"LDSM", 75),
     "linear_dx multiplies float16 on tensor cores": ("linear_dx.cu", rf"linear_dx{HALF}", r"HMMA", 75),
     "linear_dx multiplies bfloat16 on tensor cores": ("linear_dx.cu", rf"linear_dx{BFLOAT16}", r"HMMA.*BF16", 80),
     "linear_dx copies asynchronously": ("linear_dx.cu", r"linear_dx_kernel", r"LDGSTS\.E\..*128", 80),
     "linear_dx transposes words": ("linear_dx.cu", rf"linear_dx{HALF}", r"MOVM", 75),
-    "linear_w4a8 multiplies integers on tensor cores": ("linear_w4a8.cu", r"linear_w4a8_(strips|tiles)_kernel", r"IMMA.*U8", 75),
+    "linear_w4a8 multiplies integers on tensor cores": (
+        "linear_w4a8.cu",
+        r"linear_w4a8_(strips|tiles)_kernel",
+        r"IMMA.*U8",
+        75,
+    ),
     "linear_w4a8 copies asynchronously": ("linear_w4a8.cu", r"linear_w4a8_tiles_kernel", r"LDGSTS\.E\..*128", 80),
     "linear_w4a8 reads 128 bits": ("linear_w4a8.cu", r"linear_w4a8_(strips_kernel<[48]|tiles)", r"LDG\.E\..*128", 75),
     "scale_grad reads 128 bits": ("scale_grad.cu", r"scale_grad_kernel", r"LDG\.E\..*128", 75),
@@ -237,7 +287,9 @@ def test_instructions_that_32_weights_take(name, limit, since, architecture, pro
     """Of a kernel that does nothing else, 8 times less 4 times; loads and stores are not the dequantization's."""
     if architecture < since:
         return
-    kernels = {kernel.name: kernel for cubin in probes if cubin.architecture == architecture for kernel in cubin.kernels}
+    kernels = {
+        kernel.name: kernel for cubin in probes if cubin.architecture == architecture for kernel in cubin.kernels
+    }
 
     def instructions(times: int) -> int:
         return kernels[name.format(times)].count(r"(?!LD|ST)")
@@ -246,12 +298,16 @@ def test_instructions_that_32_weights_take(name, limit, since, architecture, pro
     assert (instructions(8) - instructions(4)) / 4 <= limit + 1, kernels[name.format(8)].opcodes
 
 
-# ---- what a reader needs -------------------------------------------------------------------------------------------------------------------
+# ---- what a reader needs ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", [source for source in SOURCES if "__global__" in source.read_text()], ids=lambda source: source.name)
+@pytest.mark.parametrize(
+    "source", [source for source in SOURCES if "__global__" in source.read_text()], ids=lambda source: source.name
+)
 def test_head_comment_says_what_a_reader_needs(source):
-    """Formula and the reference that gives it meaning, what the kernel requires, how it sums or rounds, what limits it."""
+    """Formula and the reference that gives it meaning, what the kernel requires,
+    how it sums or rounds, what limits it.
+    """
     head = source.read_text().split("#include")[0]
     for part in ("Meaning:", "reference.", "Requires", "Limited by"):
         assert part in head, f"{source.relative_to(ROOT)} has no {part!r} in its head comment"

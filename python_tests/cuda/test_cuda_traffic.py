@@ -1,6 +1,8 @@
-"""What the linear kernels do to memory on the shapes that matter, counted on the emulator: the gate of their speed that needs no GPU.
+"""What the linear kernels do to memory on the shapes that matter, counted on the emulator: the gate of their speed that
+needs no GPU.
 
-A shape's K is real, because it is what the main loop runs along; N and the many tokens' sizes are cropped to some tiles, which the rest repeats.
+A shape's K is real, because it is what the main loop runs along; N and the many tokens' sizes are cropped to some
+tiles, which the rest repeats.
 """
 
 import math
@@ -21,8 +23,10 @@ SECTORS = 1.05  # of what the requests' bytes would fill
 SHAPES = {"768 x 3072": (768, 3072), "4096 x 1024": (1024, 1024), "4096 x 4096": (512, 4096)}  # N as cropped, K
 TOKENS = {1: 1024, 16: 512, 64: 512, 512: 256}  # M, and N at most
 DEPTH_OF_MANY = 1024  # K at most, for 512 tokens
-EMULATED = next(gpu for gpu in gpu_launches.GPUS if gpu.name == "A100")  # dispatch.h: what the launchers believe to run on
-ALIGNED_STATICS = 1024  # the emulator begins each static variable, and the dynamic part behind them, on a multiple of 128 bytes or more
+# dispatch.h: what the launchers believe to run on
+EMULATED = next(gpu for gpu in gpu_launches.GPUS if gpu.name == "A100")
+# the emulator begins each static variable, and the dynamic part behind them, on a multiple of 128 bytes or more
+ALIGNED_STATICS = 1024
 MAIN = {
     "linear_w4a16": ("gemv_kernel", "linear_w4a16_kernel"),
     "linear_dx": ("linear_dx_kernel",),
@@ -43,7 +47,10 @@ def run(operator: str, M: int, N: int, K: int, r: int = OUTLIERS, dtype: torch.d
     codes = torch.randint(0, 16, (N, K), generator=generator, dtype=torch.uint8)
     weight = aligned(torch.ops.prequant_traced.prepack(reference.pack(codes, 4), K, 4))
     scale, zero_point = aligned(torch.tensor([[0.01]])), aligned(torch.tensor([[8]], dtype=torch.uint8))
-    dims, values = aligned(torch.randperm(K, generator=generator)[:r].sort().values), aligned(torch.randn(N, r, generator=generator))
+    dims, values = (
+        aligned(torch.randperm(K, generator=generator)[:r].sort().values),
+        aligned(torch.randn(N, r, generator=generator)),
+    )
     layer = {"weight": weight, "scale": scale, "zero_point": zero_point, "dims": dims, "values": values}
     if operator == "linear_dx":
         grad_y = aligned(torch.randn(M, N, generator=generator).to(dtype))
@@ -75,8 +82,11 @@ def test_traffic_is_ideal(operator, shape, M, traced_library):
     traced = run(operator, M, N, K)
     assert not traced.findings, traced.table()
 
-    predicted = next(launch for launch in gpu_launches.launches(operator, M, N, K, EMULATED) if launch.kernel in MAIN[operator])
-    # Of all the operator's kernels together: a small one may waste what does not matter. A gathered column of x is a sector a row, however few its bytes.
+    predicted = next(
+        launch for launch in gpu_launches.launches(operator, M, N, K, EMULATED) if launch.kernel in MAIN[operator]
+    )
+    # Of all the operator's kernels together: a small one may waste what does not matter. A gathered column of x is a
+    # sector a row, however few its bytes.
     sectors = sum(kernel.sectors_read + kernel.sectors_written for kernel in traced.kernels.values())
     ideal = sum(kernel.ideal_sectors_read + kernel.ideal_sectors_written for kernel in traced.kernels.values())
     gathered = 0 if operator == "linear_dx" else M * OUTLIERS * predicted.blocks // predicted.row_tiles
@@ -91,7 +101,9 @@ def test_traffic_is_ideal(operator, shape, M, traced_library):
     assert (main.name, main.blocks) == (predicted.kernel, predicted.blocks)
     # Besides weight and x: scales and zero points, the outliers' columns and the bias, which do not grow with K.
     bytes_read, besides = main.ideal_sectors_read * 32, main.blocks * 32768 + gathered * 32
-    assert predicted.bytes_read <= bytes_read <= predicted.bytes_read * 1.02 + besides, f"{bytes_read} bytes read, not {predicted.bytes_read}"
+    assert predicted.bytes_read <= bytes_read <= predicted.bytes_read * 1.02 + besides, (
+        f"{bytes_read} bytes read, not {predicted.bytes_read}"
+    )
 
 
 @pytest.mark.parametrize("M", [1, 3], ids="M = {}".format)
@@ -117,7 +129,11 @@ def test_model_predicts_the_launches(operator, M, architecture, traced_library, 
     monkeypatch.setenv("PREQUANT_EMULATED_SM", str(gpu.architecture))
     monkeypatch.setenv("PREQUANT_EMULATED_MULTIPROCESSORS", str(gpu.multiprocessors))
     N, K = 320, 320
-    predicted = [launch for launch in gpu_launches.launches(operator, M, N, K, gpu) if launch.kernel not in ("quantize_activations_kernel", "cublas")]
+    predicted = [
+        launch
+        for launch in gpu_launches.launches(operator, M, N, K, gpu)
+        if launch.kernel not in ("quantize_activations_kernel", "cublas")
+    ]
     if any(launch.kernel == "dequantize_kernel" for launch in predicted):
         assert gpu_launches.regime(M, N * K, architecture) == "dense"
         return
@@ -128,12 +144,19 @@ def test_model_predicts_the_launches(operator, M, architecture, traced_library, 
         if launch.name:
             assert kernel.blocks == launch.blocks
             # Of shared memory the model needs to know no more than how many blocks it leaves room for.
-            rooms = {blocks_per_multiprocessor(architecture, 32, launch.threads, size) for size in (launch.dynamic_shared, kernel.shared_bytes)}
-            assert launch.dynamic_shared == 0 or len(rooms) == 1, f"{kernel.shared_bytes} bytes of shared memory, not {launch.dynamic_shared}"
+            rooms = {
+                blocks_per_multiprocessor(architecture, 32, launch.threads, size)
+                for size in (launch.dynamic_shared, kernel.shared_bytes)
+            }
+            assert launch.dynamic_shared == 0 or len(rooms) == 1, (
+                f"{kernel.shared_bytes} bytes of shared memory, not {launch.dynamic_shared}"
+            )
 
 
 def test_budgets_state_what_is_launched(traced_library, monkeypatch):
-    """threads and dynamic_shared of csrc/cuda/budgets.toml, on which its occupancy rests, hold every launch of every operator."""
+    """threads and dynamic_shared of csrc/cuda/budgets.toml, on which its occupancy rests, hold every launch of every
+    operator.
+    """
     import test_gpu
 
     from prequant_ext import ops
@@ -153,6 +176,15 @@ def test_budgets_state_what_is_launched(traced_library, monkeypatch):
                 assert of_kernel, f"csrc/cuda/budgets.toml has no entry for {launch['kernel']}: make budgets"
                 assert math.prod(launch["block"]) <= max(budget.threads for budget in of_kernel), launch
                 # Of the emulator: A100.
-                assert launch["shared_bytes"] <= max(budget.dynamic_shared[80] + budget.shared[80] for budget in of_kernel) + ALIGNED_STATICS, launch
+                assert (
+                    launch["shared_bytes"]
+                    <= max(budget.dynamic_shared[80] + budget.shared[80] for budget in of_kernel) + ALIGNED_STATICS
+                ), launch
                 launched.add(launch["kernel"])
-    assert {"gemv_kernel", "simt_kernel", "linear_w4a16_kernel", "linear_dx_kernel", "linear_w4a8_tiles_kernel"} <= launched
+    assert {
+        "gemv_kernel",
+        "simt_kernel",
+        "linear_w4a16_kernel",
+        "linear_dx_kernel",
+        "linear_w4a8_tiles_kernel",
+    } <= launched

@@ -1,4 +1,5 @@
-"""Every operator on the emulated CUDA kernels: nothing stray, nothing racing, and one result whatever the order of blocks, warps, lanes and copies.
+"""Every operator on the emulated CUDA kernels: nothing stray, nothing racing, and one result whatever the order of
+blocks, warps, lanes and copies.
 
 That the results are right is for the tests of each operator, whose ``device`` is "emulated" too.
 """
@@ -44,7 +45,9 @@ def sample(emulated_library, monkeypatch):
         monkeypatch.setattr(ops, "_prequant", recorder)
         call, operand = calls(layer, "cpu")[operator]
         call(operand)
-        return [aligned(argument) if isinstance(argument, Tensor) else argument for argument in recorder.arguments[operator]]
+        return [
+            aligned(argument) if isinstance(argument, Tensor) else argument for argument in recorder.arguments[operator]
+        ]
 
     return arguments
 
@@ -84,12 +87,15 @@ def test_tensors_off_alignment(operator, sample, emulated_library):
     arguments = sample(operator, SMALL["a tile, groups"])
     expected = run(emulated_library, operator, arguments)
     for i, argument in enumerate(arguments):
-        if not isinstance(argument, Tensor) or (i == 0 and operator.endswith("_")) or operator == "unprepack":  # prepacked storage is the device's own
+        # prepacked storage is the device's own
+        if not isinstance(argument, Tensor) or (i == 0 and operator.endswith("_")) or operator == "unprepack":
             continue
         moved = [*arguments[:i], off_alignment(argument), *arguments[i + 1 :]]
         for actual, wanted in zip(run(emulated_library, operator, moved), expected, strict=True):
             if wanted.is_floating_point():
-                torch.testing.assert_close(actual.double(), wanted.double(), rtol=2e-3, atol=2e-3 * float(wanted.double().abs().max()))
+                torch.testing.assert_close(
+                    actual.double(), wanted.double(), rtol=2e-3, atol=2e-3 * float(wanted.double().abs().max())
+                )
             else:
                 assert_identical(actual, wanted)
 
@@ -100,7 +106,11 @@ def test_nothing_stray_and_nothing_racing(operator, layer, sample, emulated_libr
     if emulated_library.variant != "fast":
         pytest.skip("emulated: the sanitized library runs alone")
     arguments = sample(operator, layer)
-    tensors = {f"argument_{i}{'_' * (i == 0 and operator.endswith('_'))}": tensor for i, tensor in enumerate(arguments) if isinstance(tensor, Tensor)}
+    tensors = {
+        f"argument_{i}{'_' * (i == 0 and operator.endswith('_'))}": tensor
+        for i, tensor in enumerate(arguments)
+        if isinstance(tensor, Tensor)
+    }
     with trace(**tensors) as traced:
         getattr(traced.ops, operator)(*arguments)
     assert traced.kernels and not traced.findings, traced.table()
@@ -108,11 +118,24 @@ def test_nothing_stray_and_nothing_racing(operator, layer, sample, emulated_libr
 
 @pytest.mark.slow
 def test_the_sanitizers_find_nothing(emulated_library):
-    """AddressSanitizer and UndefinedBehaviorSanitizer on all operators; a sanitized library loads only into a process of its own."""
+    """AddressSanitizer and UndefinedBehaviorSanitizer on all operators; a sanitized library loads only into a process
+    of its own.
+    """
     if emulated_library.variant != "fast":
         pytest.skip("emulated: the sanitized library runs alone")
     emulated.build("sanitized")
     some = "alignment or (order and (ragged or few))"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "python_tests/cuda/test_emulated.py", "-k", some]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "python_tests/cuda/test_emulated.py",
+        "-k",
+        some,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=emulated.sanitizer_environment(), cwd=ROOT)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-8000:]

@@ -1,4 +1,6 @@
-"""The emulator finds what is wrong with a kernel: csrc/emulator/defects.cu has a right one, and copies with one defect each. No operator is at stake."""
+"""The emulator finds what is wrong with a kernel: csrc/emulator/defects.cu has a right one, and copies with one defect
+each. No operator is at stake.
+"""
 
 import ctypes
 import json
@@ -43,7 +45,9 @@ def chunk_by_chunk(x: torch.Tensor) -> torch.Tensor:
 
 
 def run_defect(kernels: ctypes.CDLL, name: str, x: torch.Tensor, out: torch.Tensor) -> str | None:
-    error = kernels.prequant_defect(name.encode(), ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.shape[0]), ctypes.c_void_p(out.data_ptr()))
+    error = kernels.prequant_defect(
+        name.encode(), ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.shape[0]), ctypes.c_void_p(out.data_ptr())
+    )
     return error.decode() if error else None
 
 
@@ -63,7 +67,9 @@ def test_a_right_kernel_is_right_in_every_order(name, fast, options):
         assert torch.equal(result, chunk_by_chunk(input_rows()))
 
 
-@pytest.mark.parametrize("name", ["missing_barrier", "missing_wait", "missing_zeros", "missing_warp_barrier", "blocks_overlap"])
+@pytest.mark.parametrize(
+    "name", ["missing_barrier", "missing_wait", "missing_zeros", "missing_warp_barrier", "blocks_overlap"]
+)
 def test_a_defect_shows_in_the_results_of_some_order(name, fast, options):
     assert not all(torch.equal(result, chunk_by_chunk(input_rows())) for result in results_of(name, fast, options))
 
@@ -76,8 +82,10 @@ STOPPED = {
     "barrier_after_exit": r"block \(0,0,0\) thread \(200,0,0\): thread exits while \d+ threads wait at __syncthreads",
     "shuffle_after_exit": "exits while other lanes wait for it in __shfl_sync|mask ffffffff names lanes that exited",
     "wrong_mask": "is not in mask 0000ffff",
-    "different_collectives": "divergent warp collectives: __(ballot|shfl)_sync mask ffffffff, but __(ballot|shfl)_sync mask ffffffff is waiting",
-    "deadlock": r"deadlock: warp 0: live ffffffff at __syncthreads ffff0000, in __syncwarp mask ffffffff arrived 0000ffff",
+    "different_collectives": "divergent warp collectives: __(ballot|shfl)_sync mask ffffffff, but "
+    "__(ballot|shfl)_sync mask ffffffff is waiting",
+    "deadlock": r"deadlock: warp 0: live ffffffff at __syncthreads ffff0000, in __syncwarp mask ffffffff arrived "
+    r"0000ffff",
 }
 
 
@@ -85,7 +93,9 @@ STOPPED = {
 def test_a_defect_stops_the_kernel_with_its_place(name, fast, options):
     out = aligned(torch.zeros(3, 8, 32, 4))
     error = run_defect(fast, name, input_rows(), out)
-    assert error and error.startswith(f"{name}: the emulated kernel failed: block ") and re.search(STOPPED[name], error), error
+    assert (
+        error and error.startswith(f"{name}: the emulated kernel failed: block ") and re.search(STOPPED[name], error)
+    ), error
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +127,9 @@ def test_the_tracer_names_a_defect_and_its_line(name, traced):
         run_defect(traced, name, x, out)
     kind, text = TRACED[name]
     lines = [finding.line for finding in found.findings if finding.kind == kind and finding.kernel == name]
-    assert any(line.startswith("defects.cu:") and text in DEFECTS[int(line.split(":")[1]) - 1] for line in lines), found.findings
+    assert any(line.startswith("defects.cu:") and text in DEFECTS[int(line.split(":")[1]) - 1] for line in lines), (
+        found.findings
+    )
 
 
 @pytest.mark.parametrize("name", ["none", "missing_swizzle", "strided_stores", "last_block", "tickets"])
@@ -222,9 +234,17 @@ def test_the_sanitizers_see_stray_accesses(emulated_library):
     if emulated_library.variant != "fast":
         pytest.skip("emulated: the sanitized library runs alone")
     emulated.build("sanitized")
-    done = subprocess.run([sys.executable, "-c", SANITIZED], capture_output=True, text=True, env=emulated.sanitizer_environment(), cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", SANITIZED],
+        capture_output=True,
+        text=True,
+        env=emulated.sanitizer_environment(),
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
     reports = json.loads(done.stdout)
     assert reports.pop("none") == [0, ""]
     for name, (status, report) in reports.items():
-        assert status != 0 and "ERROR: AddressSanitizer: heap-buffer-overflow" in report and "defects.cu" in report, f"{name}\n{report}"
+        assert status != 0 and "ERROR: AddressSanitizer: heap-buffer-overflow" in report and "defects.cu" in report, (
+            f"{name}\n{report}"
+        )

@@ -1,4 +1,5 @@
-"""What only a GPU can show: the same bits in every run, CUDA graphs, the right stream and device. `make test-gpu` runs it, under compute-sanitizer too.
+"""What only a GPU can show: the same bits in every run, CUDA graphs, the right stream and device. `make test-gpu` runs
+it, under compute-sanitizer too.
 
 The calls and the comparison of two runs are tried on the CPU and on the emulator as well.
 """
@@ -12,7 +13,8 @@ from torch import Tensor
 from prequant_ext import doctor, ops, reference
 from support.operands import BF16, F16, F32, Layer, assert_identical, random_matrix, random_outliers, random_weight
 
-# Each is here for a regime of the dispatch: few tokens, SIMT, one tensor-core tile, several, dense; ragged M, N and K; each granularity and axis.
+# Each is here for a regime of the dispatch: few tokens, SIMT, one tensor-core tile, several, dense; ragged M, N and K;
+# each granularity and axis.
 LAYERS = {
     "one token": Layer(1, 192, 96, dtype=F16),
     "few tokens of float32": Layer(3, 200, 72, blocks="row"),
@@ -35,7 +37,9 @@ def calls(layer: Layer, device: str) -> dict[str, tuple[Callable[..., Tensor | t
     x, grad_y = random_matrix(M, K, dtype, device), random_matrix(M, N, dtype, device, seed=4)
     bias = random_matrix(1, N, F32, device, seed=3)[0]
     group = K // scale.shape[1] if scale.shape[1] > 1 else 0
-    x_codes, x_scale, x_zero_point, x_sums = (part.to(device) for part in reference.quantize_activations(x.cpu(), True, group))
+    x_codes, x_scale, x_zero_point, x_sums = (
+        part.to(device) for part in reference.quantize_activations(x.cpu(), True, group)
+    )
     # Input columns: their gradient wants the r columns alone; output rows: all codes.
     saved = x_codes[:, dims].contiguous() if axis == 1 else x_codes
     codes = ops.unpack(packed, K, bits)
@@ -56,9 +60,17 @@ def calls(layer: Layer, device: str) -> dict[str, tuple[Callable[..., Tensor | t
         "dequantize": (lambda s: ops.dequantize(packed, s, zero_point, K, bits, dtype), scale),
         "scatter_outlier_": (lambda w: ops.scatter_outlier_(w.clone(), dims, values, axis, True), dense),
         "quantize_activations": (lambda a: ops.quantize_activations(a, True, group), x),
-        "embedding": (lambda s: ops.embedding(ids, codes, s, zero_point[:, :1].expand_as(s).contiguous(), dtype), scale[:, :1].contiguous()),
+        "embedding": (
+            lambda s: ops.embedding(ids, codes, s, zero_point[:, :1].expand_as(s).contiguous(), dtype),
+            scale[:, :1].contiguous(),
+        ),
         "linear_w4a16": (lambda a: ops.linear_w4a16(a, *layer_operands, bias, bits, axis), x),
-        "linear_w4a8": (lambda a: ops.linear_w4a8(a, x_codes, x_scale, x_zero_point, x_sums, *layer_operands, bias, bits, axis, False), x),
+        "linear_w4a8": (
+            lambda a: ops.linear_w4a8(
+                a, x_codes, x_scale, x_zero_point, x_sums, *layer_operands, bias, bits, axis, False
+            ),
+            x,
+        ),
         "linear_dx": (lambda g: ops.linear_dx(g, *layer_operands, K, bits, axis), grad_y),
         "outlier_grad": (lambda g: ops.outlier_grad(g, saved, x_scale, x_zero_point, dims, axis), grad_y),
         "scale_grad": (lambda g: ops.scale_grad(g, x, None, None, packed, zero_point, bits), grad_y),
@@ -90,7 +102,7 @@ def test_two_runs_give_the_same_bits(operator, layer, device):
         assert_same_bits(results(call, operand), first)
 
 
-# ---- a GPU alone ---------------------------------------------------------------------------------------------------------------------------
+# ---- a GPU alone -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -108,10 +120,15 @@ def gpu(request: pytest.FixtureRequest) -> str:
 @each_layer
 @each_operator
 def test_a_cuda_graph_replays_it(operator, layer, gpu):
-    """Captured once and replayed on other numbers in the same memory: no synchronization, no static state, no memory that is gone at the replay."""
+    """Captured once and replayed on other numbers in the same memory: no synchronization, no static state, no memory
+    that is gone at the replay.
+    """
     call, operand = calls(layer, gpu)[operator]
     original, other = operand.clone(), operand.flip(0).clone()
-    expected = {name: [result.clone() for result in results(call, numbers)] for name, numbers in (("original", original), ("other", other))}
+    expected = {
+        name: [result.clone() for result in results(call, numbers)]
+        for name, numbers in (("original", original), ("other", other))
+    }
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         results(call, operand)  # allocations that belong to the first call

@@ -1,6 +1,8 @@
-"""The instructions of csrc/cuda/ptx.cuh and CUDA's intrinsics against the PTX manual, element by element: in the emulator, and on a GPU where there is one.
+"""The instructions of csrc/cuda/ptx.cuh and CUDA's intrinsics against the PTX manual, element by element: in the
+emulator, and on a GPU where there is one.
 
-Each wrapper has a small kernel in csrc/emulator/conformance.cu. What it must give is computed here, from the manual's fragment layouts.
+Each wrapper has a small kernel in csrc/emulator/conformance.cu. What it must give is computed here, from the manual's
+fragment layouts.
 """
 
 import ctypes
@@ -26,13 +28,19 @@ def on_gpu(tmp_path_factory) -> ctypes.CDLL:
         pytest.skip("nvcc is not installed" if torch.cuda.is_available() else "cuda: no GPU")
     path = tmp_path_factory.mktemp("conformance") / "conformance.so"
     source = ROOT / "csrc" / "emulator" / "conformance.cu"
-    subprocess.run([nvcc, "-std=c++20", "-arch=native", "-shared", "-Xcompiler=-fPIC", str(source), "-o", str(path)], check=True, capture_output=True)
+    subprocess.run(
+        [nvcc, "-std=c++20", "-arch=native", "-shared", "-Xcompiler=-fPIC", str(source), "-o", str(path)],
+        check=True,
+        capture_output=True,
+    )
     return emulated.c_functions(path)
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
 def conform(request):
-    """run(name, words (n, 32) uint32, rows of results) -> (rows, 32) uint32: word i of a row is lane i's. Emulated in several orders."""
+    """run(name, words (n, 32) uint32, rows of results) -> (rows, 32) uint32: word i of a row is lane i's. Emulated in
+    several orders.
+    """
     on_device = request.param == "cuda"
     if on_device:
         kernels, runs = request.getfixturevalue("on_gpu"), [None]
@@ -52,7 +60,9 @@ def conform(request):
             result = aligned(torch.full((rows, 32), -1, dtype=torch.int32))
             if on_device:
                 buffer, result = buffer.cuda(), result.cuda()
-            error = kernels.prequant_conformance(name.encode(), ctypes.c_void_p(buffer.data_ptr()), ctypes.c_void_p(result.data_ptr()))
+            error = kernels.prequant_conformance(
+                name.encode(), ctypes.c_void_p(buffer.data_ptr()), ctypes.c_void_p(result.data_ptr())
+            )
             assert error is None, error
             results.append(result.cpu().numpy().view(np.uint32))
         assert all(np.array_equal(result, results[0]) for result in results[1:])
@@ -70,11 +80,17 @@ def pack_16(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 
 def bits_16(values: np.ndarray, dtype: str) -> np.ndarray:
-    return values.astype(np.float16).view(np.uint16) if dtype == "half" else (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return (
+        values.astype(np.float16).view(np.uint16)
+        if dtype == "half"
+        else (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    )
 
 
 def fragment_16(matrix: np.ndarray, row_halves: int) -> np.ndarray:
-    """Registers of A (rows, k) of 16-bit elements, manual: a0,a1 row g, column 2q + i; a2,a3 row g + 8; a4.. column + 8."""
+    """Registers of A (rows, k) of 16-bit elements, manual: a0,a1 row g, column 2q + i; a2,a3 row g + 8; a4.. column +
+    8.
+    """
     registers = []
     for k in range(0, matrix.shape[1], 8):
         for half in range(row_halves):
@@ -87,17 +103,24 @@ def fragment_8(matrix: np.ndarray, row_halves: int) -> np.ndarray:
     registers = []
     for k in range(0, matrix.shape[1], 16):
         for half in range(row_halves):
-            columns = [matrix[G + 8 * half, k + 4 * Q + i].astype(np.uint8).astype(np.uint32) << (8 * i) for i in range(4)]
+            columns = [
+                matrix[G + 8 * half, k + 4 * Q + i].astype(np.uint8).astype(np.uint32) << (8 * i) for i in range(4)
+            ]
             registers.append(columns[0] | columns[1] | columns[2] | columns[3])
     return np.stack(registers)
 
 
 def fragment_d(matrix: np.ndarray) -> np.ndarray:
     """Registers of C and D (rows, 8), manual: c0,c1 row g, column 2q + i; c2,c3 row g + 8."""
-    return np.stack([matrix[G + 8 * half, 2 * Q + i].view(np.uint32) for half in range(matrix.shape[0] // 8) for i in range(2)])
+    return np.stack(
+        [matrix[G + 8 * half, 2 * Q + i].view(np.uint32) for half in range(matrix.shape[0] // 8) for i in range(2)]
+    )
 
 
-@pytest.mark.parametrize(("name", "dtype", "k"), [("mma_m16n8k16_half", "half", 16), ("mma_m16n8k16_bfloat16", "bfloat16", 16), ("mma_m16n8k8", "half", 8)])
+@pytest.mark.parametrize(
+    ("name", "dtype", "k"),
+    [("mma_m16n8k16_half", "half", 16), ("mma_m16n8k16_bfloat16", "bfloat16", 16), ("mma_m16n8k8", "half", 8)],
+)
 def test_mma_of_floats(name, dtype, k, conform):
     """Small integers over powers of two: every order of the sums gives the same bits."""
     random = np.random.default_rng(k)
@@ -113,7 +136,10 @@ def test_mma_of_bytes(signs, rows, k, conform):
     """All bytes, and sums that leave int32 and come back."""
     random = np.random.default_rng(rows)
     low = {"s": -128, "u": 0}
-    a, b = (random.integers(low[sign], low[sign] + 256, shape) for sign, shape in ((signs[0], (rows, k)), (signs[2], (k, 8))))
+    a, b = (
+        random.integers(low[sign], low[sign] + 256, shape)
+        for sign, shape in ((signs[0], (rows, k)), (signs[2], (k, 8)))
+    )
     c = random.integers(-(2**31), 2**31, (rows, 8)).astype(np.int32)
     expected = (a @ b + c).astype(np.int64).astype(np.uint32)
     words = np.concatenate([fragment_d(c), fragment_8(a, rows // 8), fragment_8(b.T, 1)])
@@ -136,7 +162,9 @@ def test_ldmatrix(is_transposed, matrices, conform):
 def test_movmatrix_transposes_what_lies_in_registers(conform):
     matrix = np.random.default_rng(1).integers(0, 2**16, (8, 8), dtype=np.uint16)
     words = pack_16(matrix[G, 2 * Q], matrix[G, 2 * Q + 1])
-    assert np.array_equal(conform("movmatrix_trans", words[None], 1)[0], pack_16(matrix.T[G, 2 * Q], matrix.T[G, 2 * Q + 1]))
+    assert np.array_equal(
+        conform("movmatrix_trans", words[None], 1)[0], pack_16(matrix.T[G, 2 * Q], matrix.T[G, 2 * Q + 1])
+    )
 
 
 @pytest.mark.parametrize("name", ["cp_async_16", "cp_async_16_evict_first"])
@@ -175,7 +203,10 @@ def test_integer_intrinsics(conform):
     words[:, 0] = 0
     a, b, c = (word.astype(np.int64) for word in words)
     sa, sb = (word.view(np.int32).astype(np.int64) for word in words[:2])
-    bytes_of = [(word.view(np.uint8).reshape(32, 4).astype(np.int64), word.view(np.int8).reshape(32, 4).astype(np.int64)) for word in words[:2]]
+    bytes_of = [
+        (word.view(np.uint8).reshape(32, 4).astype(np.int64), word.view(np.int8).reshape(32, 4).astype(np.int64))
+        for word in words[:2]
+    ]
     low = np.array([(x & -x).bit_length() for x in a.tolist()])
     funnel = [(int(y) << 32) + int(x) for x, y in zip(a, b, strict=True)]
     shift = (c & 31).tolist()
@@ -229,11 +260,15 @@ def test_float_intrinsics_round_once(conform):
     random = np.random.default_rng(9)
     x, y, z = (random.standard_normal((3, 32)) * 2.0 ** random.integers(-20, 20, (3, 32))).astype(np.float32)
     z[:16] = (-x * y)[:16] * np.float32(1.0000001)  # the sum cancels: a product rounded by itself would show
-    x[16:20], y[16:20] = [0.5, 1.5, -2.5, 2**-140], [2**-130, -(2**-126), 3e-45, 2.0]  # ties; numbers below the normal range
+    # ties; numbers below the normal range
+    x[16:20], y[16:20] = [0.5, 1.5, -2.5, 2**-140], [2**-130, -(2**-126), 3e-45, 2.0]
     x[20:22] = [3e9, -3e9]
 
     def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray, bits: int, smallest: int) -> list[float]:
-        return [float(rounded(Fraction(float(i)) * Fraction(float(j)) + Fraction(float(k)), bits, smallest)) for i, j, k in zip(a, b, c, strict=True)]
+        return [
+            float(rounded(Fraction(float(i)) * Fraction(float(j)) + Fraction(float(k)), bits, smallest))
+            for i, j, k in zip(a, b, c, strict=True)
+        ]
 
     u, v, w = x.astype(np.float64) * 1.000000059604644775390625, y.astype(np.float64), z.astype(np.float64) / 3
     with np.errstate(over="ignore"):
@@ -269,7 +304,9 @@ def test_pairs_of_16_bit_floats_round_once(name, bits, smallest, conform):
 
     def values_of(words: np.ndarray) -> np.ndarray:
         halves = words.view(np.uint16)
-        return (halves.view(np.float16) if dtype == "half" else (halves.astype(np.uint32) << 16).view(np.float32)).astype(np.float64)
+        return (
+            halves.view(np.float16) if dtype == "half" else (halves.astype(np.uint32) << 16).view(np.float32)
+        ).astype(np.float64)
 
     numbers = random.standard_normal((3, 64)) * 2.0 ** random.integers(-6, 6, (3, 64))
     numbers[2, :32] = -(numbers[0] * numbers[1])[:32]  # the sum cancels
@@ -277,7 +314,10 @@ def test_pairs_of_16_bit_floats_round_once(name, bits, smallest, conform):
     words = bits_16(numbers, dtype).reshape(3, 32, 2)
     words = pack_16(words[..., 0], words[..., 1])
     x, y, z = (values_of(row).tolist() for row in words)
-    exact = [[Fraction(i) + Fraction(j) for i, j in zip(x, y, strict=True)], [Fraction(i) - Fraction(j) for i, j in zip(x, y, strict=True)]]
+    exact = [
+        [Fraction(i) + Fraction(j) for i, j in zip(x, y, strict=True)],
+        [Fraction(i) - Fraction(j) for i, j in zip(x, y, strict=True)],
+    ]
     exact += [
         [Fraction(i) * Fraction(j) for i, j in zip(x, y, strict=True)],
         [Fraction(i) * Fraction(j) + Fraction(k) for i, j, k in zip(x, y, z, strict=True)],

@@ -1,4 +1,6 @@
-"""Errors at each width are those of quantizing; a proposal is the best one there is, and quantizing with it gives what it promises."""
+"""Errors at each width are those of quantizing; a proposal is the best one there is, and quantizing with it gives what
+it promises.
+"""
 
 import dataclasses
 import itertools
@@ -8,7 +10,15 @@ import random
 import pytest
 
 import prequant_ext
-from prequant_ext.bit_allocation import Choice, best_choices, block_options, propose_bits, propose_layer_bits, rules_of, sensitivity
+from prequant_ext.bit_allocation import (
+    Choice,
+    best_choices,
+    block_options,
+    propose_bits,
+    propose_layer_bits,
+    rules_of,
+    sensitivity,
+)
 from prequant_ext.blocks import Block, bits_by_block, blocks_of
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.model import quantize_model
@@ -29,14 +39,20 @@ def test_errors_are_those_of_quantizing_at_each_width(model_type):
         }
     for matrix in measured.matrices:
         weight = model.get_submodule(matrix.name).weight
-        assert matrix.relative_error(4) == pytest.approx(math.sqrt(matrix.squared_error[4]) / weight.double().norm().item())
+        assert matrix.relative_error(4) == pytest.approx(
+            math.sqrt(matrix.squared_error[4]) / weight.double().norm().item()
+        )
         assert matrix.squared_error[2] > matrix.squared_error[3] > matrix.squared_error[4]
 
 
 def test_a_matrix_of_zeros_loses_nothing():
     model = tiny_model("bert")
     model.bert.encoder.layer[0].output.dense.weight.data.zero_()
-    matrix = next(each for each in sensitivity(model, PreQuantConfig(r=1)).matrices if each.name == "bert.encoder.layer.0.output.dense")
+    matrix = next(
+        each
+        for each in sensitivity(model, PreQuantConfig(r=1)).matrices
+        if each.name == "bert.encoder.layer.0.output.dense"
+    )
     assert (matrix.squared_norm, matrix.relative_error(2)) == (0, 0)
 
 
@@ -59,7 +75,10 @@ def test_a_budget_of_bytes_is_that_of_the_whole_model():
     assert propose_layer_bits(measured, budget_bytes=at_4.model_bytes) == at_4
     below = propose_layer_bits(measured, budget_bytes=at_4.model_bytes - 1)
     assert below.model_bytes < at_4.model_bytes and below.squared_error > at_4.squared_error
-    with pytest.raises(ValueError, match=rf"budget_bytes must be at least {at_2.model_bytes:,} .*the model with 2 bits in every block, got"):
+    with pytest.raises(
+        ValueError,
+        match=rf"budget_bytes must be at least {at_2.model_bytes:,} .*the model with 2 bits in every block, got",
+    ):
         propose_layer_bits(measured, budget_bytes=at_2.model_bytes - 1)
 
 
@@ -67,14 +86,19 @@ def random_options(seed):
     """Four blocks of different sizes whose errors are in no order."""
     generator = random.Random(seed)
     sizes = [generator.randint(5, 40) for _ in range(4)]
-    return [{bits: (size * {2: 1, 3: 2, 4: 2, 8: 4}[bits], generator.random()) for bits in (2, 3, 4, 8)} for size in sizes]
+    return [
+        {bits: (size * {2: 1, 3: 2, 4: 2, 8: 4}[bits], generator.random()) for bits in (2, 3, 4, 8)} for size in sizes
+    ]
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_no_allocation_within_the_budget_is_better(seed):
     options = random_options(seed)
     every = [
-        (sum(own[bits][0] for own, bits in zip(options, chosen, strict=True)), sum(own[bits][1] for own, bits in zip(options, chosen, strict=True)))
+        (
+            sum(own[bits][0] for own, bits in zip(options, chosen, strict=True)),
+            sum(own[bits][1] for own, bits in zip(options, chosen, strict=True)),
+        )
         for chosen in itertools.product(*options)
     ]
     smallest, largest = min(size for size, _ in every), max(size for size, _ in every)
@@ -95,7 +119,11 @@ def test_three_bits_are_never_proposed():
     """They take the place of 4."""
     measured = sensitivity(tiny_model("bert", num_hidden_layers=4), PreQuantConfig(r=1))
     assert all(sizes[3][0] == sizes[4][0] for sizes in block_options(measured).values())
-    proposed = {bits for budget in range(20, 81) for bits in propose_layer_bits(measured, bits_per_weight=budget / 10).layer_bits.values()}
+    proposed = {
+        bits
+        for budget in range(20, 81)
+        for bits in propose_layer_bits(measured, bits_per_weight=budget / 10).layer_bits.values()
+    }
     assert proposed == {2, 4, 8}
 
 
@@ -110,14 +138,20 @@ def test_rules_name_whole_runs_within_a_stack():
 def test_rules_mean_the_proposed_blocks():
     model = tiny_model("t5")
     proposal = propose_layer_bits(sensitivity(model, PreQuantConfig(r=1)), bits_per_weight=3.3)
-    assert bits_by_block(proposal.layer_bits, blocks_of(model, family_of(model))) == {own.block.name: own.bits for own in proposal.blocks}
+    assert bits_by_block(proposal.layer_bits, blocks_of(model, family_of(model))) == {
+        own.block.name: own.bits for own in proposal.blocks
+    }
 
 
 def test_a_proposal_prints_a_table():
     measured = prequant_ext.sensitivity(tiny_model("bert"), PreQuantConfig(r=1))
     proposal = prequant_ext.propose_layer_bits(measured, bits_per_weight=2)
     lines = str(proposal).splitlines()
-    assert lines[0].split("  ")[0] == "block" and lines[2].split()[:2] == ["encoder.0", "8,192"] and lines[2].split()[-1] == "2"
+    assert (
+        lines[0].split("  ")[0] == "block"
+        and lines[2].split()[:2] == ["encoder.0", "8,192"]
+        and lines[2].split()[-1] == "2"
+    )
     own = proposal.blocks[0].squared_error
     assert lines[2].split()[2:-1] == [f"{math.sqrt(own[bits]):.4g}" for bits in (2, 3, 4, 8)]
     assert lines[-2] == "proposed: encoder.0-1=2" and lines[-1].startswith("2.00 stored bits a weight")
@@ -158,5 +192,7 @@ def test_models_that_cannot_be_measured():
 def test_without_blocks_there_are_errors_and_no_proposal():
     measured = sensitivity(Plain(), PreQuantConfig(r=1, axis="input"))
     assert len(measured.matrices) == 5 and {matrix.block for matrix in measured.matrices} == {None}
-    with pytest.raises(ValueError, match=r"blocks.0.up is in no block that layer_bits could name: the family of the model is not known"):
+    with pytest.raises(
+        ValueError, match=r"blocks.0.up is in no block that layer_bits could name: the family of the model is not known"
+    ):
         propose_layer_bits(measured, bits_per_weight=4)

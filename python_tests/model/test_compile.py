@@ -23,7 +23,11 @@ def bert() -> torch.nn.Module:
     return transformers.BertForSequenceClassification(config)
 
 
-CONFIGS = {"default": PreQuantConfig(r=2), "weight only": PreQuantConfig(r=2, activation_bits=None), "alpha": PreQuantConfig(r=0, train_scales=True)}
+CONFIGS = {
+    "default": PreQuantConfig(r=2),
+    "weight only": PreQuantConfig(r=2, activation_bits=None),
+    "alpha": PreQuantConfig(r=0, train_scales=True),
+}
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())

@@ -43,8 +43,13 @@ def test_paper_takes_changes():
 
 def test_best_quantizes_by_groups_and_trains_as_many_weights():
     default, best = PreQuantConfig().to_dict(), PreQuantConfig.best().to_dict()
-    assert {name: value for name, value in best.items() if value != default[name]} == {"strategy": "group_wise", "selector": "error"}
-    assert PreQuantConfig.best(group_size=16, r=3) == PreQuantConfig(strategy="group_wise", selector="error", group_size=16, r=3)
+    assert {name: value for name, value in best.items() if value != default[name]} == {
+        "strategy": "group_wise",
+        "selector": "error",
+    }
+    assert PreQuantConfig.best(group_size=16, r=3) == PreQuantConfig(
+        strategy="group_wise", selector="error", group_size=16, r=3
+    )
 
 
 def test_is_frozen():
@@ -129,7 +134,10 @@ def test_survives_json(config):
 def test_rules_keep_their_order():
     """Later rules win, so order is part of the meaning."""
     config = PreQuantConfig(layer_bits={"layers.5": 8, "layers.0-7": 2})
-    assert list(PreQuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))).layer_bits) == ["layers.5", "layers.0-7"]
+    assert list(PreQuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))).layer_bits) == [
+        "layers.5",
+        "layers.0-7",
+    ]
 
 
 def test_unknown_setting_is_refused_by_name():

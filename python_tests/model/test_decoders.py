@@ -1,7 +1,8 @@
 """Quantized decoders: generate() with its caches against passes without one, language-model heads, fine-tuning.
 
-With 4-bit weights alone, decoding by a cache differs from a full pass in the last digits. With 8-bit activations a value that lies between two codes may
-fall on either side, and in bfloat16 every product is rounded: hence the larger tolerances.
+With 4-bit weights alone, decoding by a cache differs from a full pass in the last digits. With 8-bit activations a
+value that lies between two codes may fall on either side, and in bfloat16 every product is rounded: hence the larger
+tolerances.
 """
 
 import pytest
@@ -36,7 +37,13 @@ def quantized(name, config=WEIGHT_ONLY, dtype=torch.float32):
 
 def generate(model, prompt=PROMPT, mask=None, **settings):
     """(sequences, logits): (M, prompt + NEW) and (M, NEW, vocabulary)."""
-    fixed = {"max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
+    fixed = {
+        "max_new_tokens": NEW,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     mask = torch.ones_like(prompt) if mask is None else mask
     result = model.generate(prompt, attention_mask=mask, **({"do_sample": False} | fixed | settings))
     return result.sequences, torch.stack(result.logits, 1)
@@ -44,7 +51,9 @@ def generate(model, prompt=PROMPT, mask=None, **settings):
 
 @torch.no_grad()
 def assert_greedy(model, sequence, logits, tolerance):
-    """``logits`` (NEW, vocabulary) are those of one pass over ``sequence`` without a cache, and each new token is the best of that pass."""
+    """``logits`` (NEW, vocabulary) are those of one pass over ``sequence`` without a cache, and each new token is the
+    best of that pass.
+    """
     expected = model(input_ids=sequence[None], use_cache=False).logits[0, -NEW - 1 : -1].float()
     torch.testing.assert_close(logits.float(), expected, rtol=0, atol=tolerance)
     chosen = expected.gather(1, sequence[-NEW:, None])[:, 0]

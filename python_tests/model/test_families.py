@@ -3,7 +3,16 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, T5Config, T5EncoderModel, T5ForQuestionAnswering
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5EncoderModel,
+    T5ForQuestionAnswering,
+)
 
 from prequant_ext.blocks import blocks_of
 from prequant_ext.config import PreQuantConfig
@@ -58,8 +67,11 @@ def test_readers_take_the_hidden_size_and_writers_give_it(model_type):
 @every_family
 @torch.no_grad()
 def test_blocks_without_their_writers_pass_the_residual_stream_on(model_type):
-    """Square matrices hide their role from a look at shapes: writers are those whose silence makes every block the identity."""
-    changes = {"electra": {"embedding_size": HIDDEN}}  # else a projection follows the embeddings' LayerNorm, and the first block's changes the stream
+    """Square matrices hide their role from a look at shapes: writers are those whose silence makes every block the
+    identity.
+    """
+    # else a projection follows the embeddings' LayerNorm, and the first block's changes the stream
+    changes = {"electra": {"embedding_size": HIDDEN}}
     model = tiny_model(model_type, "base", **changes.get(model_type, {}))
 
     def streams():
@@ -83,9 +95,14 @@ def test_blocks_without_their_writers_pass_the_residual_stream_on(model_type):
 def test_cross_attention_reads_with_its_keys_and_values():
     bert = BertLMHeadModel(BertConfig(vocab_size=50, is_decoder=True, add_cross_attention=True, **SETTINGS["bert"]))
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=50, add_cross_attention=True, **SETTINGS["gpt2"]))
-    for model, readers, writer in ((bert, ("self.query", "self.key", "self.value"), "output.dense"), (gpt2, ("q_attn", "c_attn"), "c_proj")):
+    for model, readers, writer in (
+        (bert, ("self.query", "self.key", "self.value"), "output.dense"),
+        (gpt2, ("q_attn", "c_attn"), "c_proj"),
+    ):
         axes = {site.name: site.axis for site in linear_sites(model)}
-        prefix = next(name for name in axes if ".0.crossattention" in name).split("crossattention")[0] + "crossattention."
+        prefix = (
+            next(name for name in axes if ".0.crossattention" in name).split("crossattention")[0] + "crossattention."
+        )
         assert {axes[prefix + reader] for reader in readers} == {"input"}
         assert axes[prefix + writer] == "output"
 
@@ -96,8 +113,19 @@ def test_position_projections_of_deberta_are_readers():
 
 
 def test_gated_feed_forward_of_t5():
-    axes = {site.name.rpartition(".")[2]: site.axis for site in linear_sites(tiny_model("t5", "base", feed_forward_proj="gated-gelu"))}
-    assert axes == {"q": "input", "k": "input", "v": "input", "o": "output", "wi_0": "input", "wi_1": "input", "wo": "output"}
+    axes = {
+        site.name.rpartition(".")[2]: site.axis
+        for site in linear_sites(tiny_model("t5", "base", feed_forward_proj="gated-gelu"))
+    }
+    assert axes == {
+        "q": "input",
+        "k": "input",
+        "v": "input",
+        "o": "output",
+        "wi_0": "input",
+        "wi_1": "input",
+        "wo": "output",
+    }
 
 
 def test_an_encoder_alone_has_one_stack():
@@ -108,7 +136,12 @@ def test_an_encoder_alone_has_one_stack():
 
 @pytest.mark.parametrize(
     ("model_type", "module"),
-    [("electra", "electra.embeddings_project"), ("opt", "model.decoder.project_in"), ("opt", "model.decoder.project_out"), ("modernbert", "head.dense")],
+    [
+        ("electra", "electra.embeddings_project"),
+        ("opt", "model.decoder.project_in"),
+        ("opt", "model.decoder.project_out"),
+        ("modernbert", "head.dense"),
+    ],
 )
 def test_linears_outside_the_blocks_stay_float_and_frozen(model_type, module):
     model = tiny_model(model_type)
@@ -140,7 +173,11 @@ def test_heads_of_classifiers(model_type):
 @every_family
 def test_a_bare_model_has_its_pooler_or_no_head(model_type):
     names = head_parameter_names(tiny_model(model_type, "base"))
-    assert names == (["pooler.dense.weight", "pooler.dense.bias"] if model_type in ("bert", "roberta", "xlm-roberta", "mpnet") else [])
+    assert names == (
+        ["pooler.dense.weight", "pooler.dense.bias"]
+        if model_type in ("bert", "roberta", "xlm-roberta", "mpnet")
+        else []
+    )
 
 
 def test_a_question_answering_head_within_the_base_model():
@@ -148,7 +185,9 @@ def test_a_question_answering_head_within_the_base_model():
     assert head_parameter_names(model) == ["qa_outputs.weight", "qa_outputs.bias"]
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "electra", "mpnet", "deberta-v2", "modernbert"])
+@pytest.mark.parametrize(
+    "model_type", ["bert", "roberta", "distilbert", "electra", "mpnet", "deberta-v2", "modernbert"]
+)
 def test_masked_language_model_heads_are_neither_quantized_nor_trained(model_type):
     model = tiny_model(model_type, "masked_lm")
     assert head_parameter_names(model) in ([], ["bert.pooler.dense.weight", "bert.pooler.dense.bias"])
@@ -161,7 +200,9 @@ def test_masked_language_model_heads_are_neither_quantized_nor_trained(model_typ
     assert not any(site.name in (decoder, table) for site in sites)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize(
+    "model_type", ["gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"]
+)
 def test_causal_language_model_heads_are_neither_quantized_nor_trained(model_type):
     model = tiny_model(model_type, "causal_lm")
     assert head_parameter_names(model) == []

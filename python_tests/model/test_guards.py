@@ -23,7 +23,7 @@ def step(model: nn.Module) -> None:
     model(**toy_inputs(model), labels=torch.tensor([0, 1, 1])).loss.backward()
 
 
-# ---- NaN and Inf ---------------------------------------------------------------------------------------------------------------
+# ---- NaN and Inf -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
@@ -32,7 +32,10 @@ def test_the_first_module_with_a_bad_output_is_named(bad):
     with torch.no_grad():
         model.bert.encoder.layer[1].intermediate.dense.bias[5] = bad
     counts = "21 NaN and 0 Inf" if math.isnan(bad) else "0 NaN and 21 Inf"  # one column of 3 x 7 tokens
-    message = rf"output of bert\.encoder\.layer\.1\.intermediate\.dense \(PreQuantLinear\) has {counts} among its 1344 values \(float32 \(3, 7, 64\)\)"
+    message = (
+        rf"output of bert\.encoder\.layer\.1\.intermediate\.dense \(PreQuantLinear\) has {counts} among its "
+        r"1344 values \(float32 \(3, 7, 64\)\)"
+    )
     with nan_guard(model), pytest.raises(FloatingPointError, match=message):
         toy_output(model)
     toy_output(model)  # the guard went with the block
@@ -40,8 +43,15 @@ def test_the_first_module_with_a_bad_output_is_named(bad):
 
 def test_a_bad_gradient_is_named_where_it_first_arrives():
     model = bert()
-    model.bert.encoder.layer[0].output.dense.register_forward_hook(lambda module, args, output: output.register_hook(lambda gradient: gradient / 0) and None)
-    with nan_guard(model), pytest.raises(FloatingPointError, match=r"gradient that reaches the output of bert\.encoder\.layer\.0\.output\.dense \("):
+    model.bert.encoder.layer[0].output.dense.register_forward_hook(
+        lambda module, args, output: output.register_hook(lambda gradient: gradient / 0) and None
+    )
+    with (
+        nan_guard(model),
+        pytest.raises(
+            FloatingPointError, match=r"gradient that reaches the output of bert\.encoder\.layer\.0\.output\.dense \("
+        ),
+    ):
         step(model)
 
 
@@ -49,7 +59,10 @@ def test_a_bad_parameter_gradient_is_named():
     model = bert()
     name = "bert.encoder.layer.1.output.dense.outlier_weight"
     model.get_parameter(name).register_hook(lambda gradient: gradient * math.nan)
-    with nan_guard(model), pytest.raises(FloatingPointError, match=rf"the gradient of {name} has 128 NaN and 0 Inf among its 128 values"):
+    with (
+        nan_guard(model),
+        pytest.raises(FloatingPointError, match=rf"the gradient of {name} has 128 NaN and 0 Inf among its 128 values"),
+    ):
         step(model)
 
 
@@ -58,12 +71,18 @@ def test_a_healthy_model_passes_and_computes_the_same():
     guard = nan_guard(model)
     step(model)
     step(other)
-    assert all(torch.equal(parameter.grad, twin.grad) for parameter, twin in zip(model.parameters(), other.parameters(), strict=True) if twin.grad is not None)
+    assert all(
+        torch.equal(parameter.grad, twin.grad)
+        for parameter, twin in zip(model.parameters(), other.parameters(), strict=True)
+        if twin.grad is not None
+    )
     guard.close()
-    assert not any(module._forward_hooks for module in model.modules()) and not any(parameter._backward_hooks for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules()) and not any(
+        parameter._backward_hooks for parameter in model.parameters()
+    )
 
 
-# ---- memory --------------------------------------------------------------------------------------------------------------------
+# ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_module_that_runs_out_of_memory_is_named_and_the_error_stays_what_it_was():
@@ -72,8 +91,11 @@ def test_the_module_that_runs_out_of_memory_is_named_and_the_error_stays_what_it
     too_many = torch.zeros(1, 7, dtype=torch.int64).expand(2**45, 7)  # more than a process can address
     with memory_guard(model), pytest.raises(RuntimeError, match=r"can't allocate memory") as caught:
         model(too_many)
-    expected = r"Memory ran out in table (PreQuantEmbedding), called with int64 (35184372088832, 7): lower the batch size"
-    assert expected in str(caught.value) and str(caught.value).count("Memory ran out") == 1  # not once more for each module around it
+    expected = (
+        r"Memory ran out in table (PreQuantEmbedding), called with int64 (35184372088832, 7): lower the batch size"
+    )
+    # not once more for each module around it
+    assert expected in str(caught.value) and str(caught.value).count("Memory ran out") == 1
     assert should_reduce_batch_size(caught.value)
 
 
@@ -86,9 +108,13 @@ def test_running_out_in_the_backward_pass_names_the_last_module_reached():
 
         output.grad_fn.register_hook(allocate)
 
-    model.train().bert.encoder.layer[0].output.dense.register_forward_hook(run_out)  # in eval mode the dropout after it returns the same tensor
+    # in eval mode the dropout after it returns the same tensor
+    model.train().bert.encoder.layer[0].output.dense.register_forward_hook(run_out)
     with (
-        pytest.raises(torch.OutOfMemoryError, match=r"in the backward pass, .* the output of bert\.encoder\.layer\.0\.output\.dense \(P") as caught,
+        pytest.raises(
+            torch.OutOfMemoryError,
+            match=r"in the backward pass, .* the output of bert\.encoder\.layer\.0\.output\.dense \(P",
+        ) as caught,
         memory_guard(model),
     ):
         step(model)

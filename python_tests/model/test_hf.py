@@ -13,7 +13,14 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification, BertForSequenceClassification, BertModel, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    BertModel,
+    Trainer,
+    TrainingArguments,
+)
 
 from prequant_ext import PreQuantConfig, hf
 from prequant_ext.config import FORMAT_VERSION
@@ -38,7 +45,7 @@ CONFIGS = {
 }
 
 
-# ---- the round trip ---------------------------------------------------------------------------------------------------------
+# ---- the round trip --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TOYS)
@@ -80,7 +87,9 @@ def test_every_setting_survives_the_round_trip(config, float_dir, tmp_path):
     loaded = BertForSequenceClassification.from_pretrained(tmp_path / "quantized")
     assert_same(streamed, loaded)
     assert loaded.config.quantization_config.config == config
-    assert [name for name, p in loaded.named_parameters() if p.requires_grad] == [name for name, p in in_place.named_parameters() if p.requires_grad]
+    assert [name for name, p in loaded.named_parameters() if p.requires_grad] == [
+        name for name, p in in_place.named_parameters() if p.requires_grad
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -106,7 +115,13 @@ def test_trained_values_survive_the_round_trip(float_dir, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rows = [{"input_ids": torch.randint(3, 99, (7,)), "labels": torch.tensor(row % 2)} for row in range(8)]
     arguments = TrainingArguments(
-        tmp_path / "run", max_steps=2, per_device_train_batch_size=4, learning_rate=0.01, report_to=[], use_cpu=True, disable_tqdm=True
+        tmp_path / "run",
+        max_steps=2,
+        per_device_train_batch_size=4,
+        learning_rate=0.01,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
     )
     Trainer(model, arguments, train_dataset=rows).train()
     model.eval()
@@ -118,7 +133,9 @@ def test_trained_values_survive_the_round_trip(float_dir, tmp_path):
 
 
 def test_a_state_dict_given_to_save_pretrained_is_what_is_saved(quantized_dir, tmp_path):
-    """transformers drops it for quantized models: a gathered or averaged state would not be written, and nobody told."""
+    """transformers drops it for quantized models:
+    a gathered or averaged state would not be written, and nobody told.
+    """
     model = BertForSequenceClassification.from_pretrained(quantized_dir)
     name = "bert.encoder.layer.0.output.dense.outlier_weight"
     state = {key: tensor + 1 if key == name else tensor for key, tensor in model.state_dict().items()}
@@ -132,7 +149,11 @@ def test_the_disk_holds_the_names_dtypes_and_shapes_of_the_format(quantized_dir)
     with safe_open(quantized_dir / "model.safetensors", "pt") as file:
         parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         held = {key: (part.get_dtype(), part.get_shape()) for key, part in parts.items()}
-    reader, writer, table = "bert.encoder.layer.0.intermediate.dense", "bert.encoder.layer.0.output.dense", "bert.embeddings.word_embeddings"
+    reader, writer, table = (
+        "bert.encoder.layer.0.intermediate.dense",
+        "bert.encoder.layer.0.output.dense",
+        "bert.embeddings.word_embeddings",
+    )
     assert {key.removeprefix(f"{reader}."): value for key, value in held.items() if key.startswith(reader)} == {
         "weight": ("U8", [64, 16]),
         "weight_scale": ("F32", [1, 1]),
@@ -146,11 +167,13 @@ def test_the_disk_holds_the_names_dtypes_and_shapes_of_the_format(quantized_dir)
     assert not any("packed" in key for key in held)
 
 
-# ---- configs ---------------------------------------------------------------------------------------------------------------
+# ---- configs ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "form", [lambda c: c, lambda c: hf.PreQuantHfConfig(c), lambda c: hf.PreQuantHfConfig(c).to_dict()], ids=["dataclass", "wrapper", "dict"]
+    "form",
+    [lambda c: c, lambda c: hf.PreQuantHfConfig(c), lambda c: hf.PreQuantHfConfig(c).to_dict()],
+    ids=["dataclass", "wrapper", "dict"],
 )
 def test_the_config_is_accepted_as(form, float_dir, quantized_dir):
     for directory in (float_dir, quantized_dir):
@@ -161,7 +184,12 @@ def test_the_config_is_accepted_as(form, float_dir, quantized_dir):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_config_round_trips_through_json(config):
-    wrapped = hf.PreQuantHfConfig(config, float_modules=("pooler",), dtype="bfloat16", family=Family(stacks={"encoder": "layers"}, reads=("a",), writes=("b",)))
+    wrapped = hf.PreQuantHfConfig(
+        config,
+        float_modules=("pooler",),
+        dtype="bfloat16",
+        family=Family(stacks={"encoder": "layers"}, reads=("a",), writes=("b",)),
+    )
     again = hf.PreQuantHfConfig.from_dict(json.loads(wrapped.to_json_string()))
     assert vars(again) == vars(wrapped)
 
@@ -175,8 +203,16 @@ def test_one_config_serves_two_models(float_dir, tmp_path):
 
 
 def test_a_family_row_of_the_users_travels_with_the_model(float_dir, tmp_path):
-    family = Family(stacks={"encoder": "encoder.layer"}, reads=("query", "key", "value"), writes=("output.dense",), heads=("pooler",), lm_heads=())
-    streamed = BertForSequenceClassification.from_pretrained(float_dir, quantization_config=hf.PreQuantHfConfig(CONFIG, family=family))
+    family = Family(
+        stacks={"encoder": "encoder.layer"},
+        reads=("query", "key", "value"),
+        writes=("output.dense",),
+        heads=("pooler",),
+        lm_heads=(),
+    )
+    streamed = BertForSequenceClassification.from_pretrained(
+        float_dir, quantization_config=hf.PreQuantHfConfig(CONFIG, family=family)
+    )
     in_place = BertForSequenceClassification.from_pretrained(float_dir)
     quantize_model(in_place, CONFIG, family=family)
     assert_same(streamed, in_place)
@@ -219,7 +255,7 @@ def test_registering_twice_replaces_the_first():
         importlib.reload(hf)
 
 
-# ---- parts that a checkpoint lacks -----------------------------------------------------------------------------------------
+# ---- parts that a checkpoint lacks -----------------------------------------------------------------------------------
 
 
 def _float_without(float_dir: Path, tmp_path: Path, *modules: str, suffix: str = "") -> Path:
@@ -228,7 +264,11 @@ def _float_without(float_dir: Path, tmp_path: Path, *modules: str, suffix: str =
     incomplete.mkdir()
     (incomplete / "config.json").write_text((float_dir / "config.json").read_text())
     tensors = load_file(float_dir / "model.safetensors")
-    kept = {key: tensor for key, tensor in tensors.items() if not any(key.startswith(f"{module}.{suffix}") for module in modules)}
+    kept = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if not any(key.startswith(f"{module}.{suffix}") for module in modules)
+    }
     assert len(kept) < len(tensors)
     save_file(kept, incomplete / "model.safetensors", metadata={"format": "pt"})
     return incomplete
@@ -236,8 +276,12 @@ def _float_without(float_dir: Path, tmp_path: Path, *modules: str, suffix: str =
 
 def test_an_absent_head_is_fresh_and_float(float_dir, tmp_path):
     BertModel.from_pretrained(float_dir).save_pretrained(tmp_path / "base")
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", quantization_config=CONFIG, num_labels=3)
-    assert type(model.classifier) is nn.Linear and model.classifier.weight.std() < 1 and model.classifier.bias.eq(0).all()
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", quantization_config=CONFIG, num_labels=3
+    )
+    assert (
+        type(model.classifier) is nn.Linear and model.classifier.weight.std() < 1 and model.classifier.bias.eq(0).all()
+    )
     assert model.classifier.weight.requires_grad
     assert isinstance(model.bert.encoder.layer[0].output.dense, PreQuantLinear)
 
@@ -261,11 +305,15 @@ def test_an_absent_bias_starts_at_zero(float_dir, tmp_path):
 
 def test_a_quantized_checkpoint_with_a_table_that_must_be_tied_is_refused(float_dir, tmp_path):
     AutoModel.from_pretrained(float_dir, quantization_config=CONFIG).save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match=r"embeddings\.word_embeddings\.weight is quantized in the checkpoint but must be float in BertForMaskedLM"):
+    with pytest.raises(
+        ValueError,
+        match=r"embeddings\.word_embeddings\.weight is quantized in the checkpoint but must be float in "
+        r"BertForMaskedLM",
+    ):
         transformers.BertForMaskedLM.from_pretrained(tmp_path / "base")
 
 
-# ---- refusals --------------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 def test_a_newer_format_is_refused_naming_both_versions(quantized_dir):
@@ -273,7 +321,9 @@ def test_a_newer_format_is_refused_naming_both_versions(quantized_dir):
     config = json.loads(file.read_text())
     config["quantization_config"] |= {"format_version": FORMAT_VERSION + 1, "setting_of_the_future": 3}
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"format_version {FORMAT_VERSION + 1}.* up to format_version {FORMAT_VERSION}"):
+    with pytest.raises(
+        ValueError, match=f"format_version {FORMAT_VERSION + 1}.* up to format_version {FORMAT_VERSION}"
+    ):
         BertForSequenceClassification.from_pretrained(quantized_dir)
 
 
@@ -307,7 +357,7 @@ def test_a_float_checkpoint_saved_by_torch_is_quantized_alike(float_dir, tmp_pat
     )
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------------
+# ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 def _live_float_bytes() -> int:
@@ -321,7 +371,9 @@ def _live_float_bytes() -> int:
 
 
 def test_loading_never_holds_more_than_the_quantized_model_and_one_float_tensor(tmp_path, monkeypatch):
-    config = transformers.BertConfig(vocab_size=500, hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=256)
+    config = transformers.BertConfig(
+        vocab_size=500, hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=256
+    )
     model = BertModel(config)
     largest, total = max(p.nbytes for p in model.parameters()), sum(p.nbytes for p in model.parameters())
     model.save_pretrained(tmp_path)
@@ -342,7 +394,7 @@ def test_loading_never_holds_more_than_the_quantized_model_and_one_float_tensor(
     assert max(seen) <= quantized + largest < total / 2
 
 
-# ---- training and merging --------------------------------------------------------------------------------------------------
+# ---- training and merging --------------------------------------------------------------------------------------------
 
 
 def test_only_outlier_weights_and_the_head_train_after_loading(float_dir, quantized_dir):
@@ -351,7 +403,11 @@ def test_only_outlier_weights_and_the_head_train_after_loading(float_dir, quanti
         BertForSequenceClassification.from_pretrained(quantized_dir),
     ):
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        assert trained == {name for name, _ in model.named_parameters() if "outlier_weight" in name or "pooler" in name or "classifier" in name}
+        assert trained == {
+            name
+            for name, _ in model.named_parameters()
+            if "outlier_weight" in name or "pooler" in name or "classifier" in name
+        }
         assert len(trainable_parameters(model)) == len(trained)
 
 

@@ -51,7 +51,11 @@ def test_outlier_dimensions_keep_their_original_values(axis):
     source = linear()
     layer = PreQuantLinear.from_linear(source, PreQuantConfig(r=7), axis=axis)
     dim = 1 if axis == "input" else 0
-    assert layer.dequantize().index_select(dim, layer.outlier_dims).equal(source.weight.detach().index_select(dim, layer.outlier_dims))
+    assert (
+        layer.dequantize()
+        .index_select(dim, layer.outlier_dims)
+        .equal(source.weight.detach().index_select(dim, layer.outlier_dims))
+    )
 
 
 @pytest.mark.parametrize("axis", ["input", "output"])
@@ -90,7 +94,9 @@ def saved_bytes(layer: PreQuantLinear, x: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("activation_bits", [8, None])
 def test_backward_keeps_r_columns_on_the_input_axis(activation_bits):
     M, K, r = 96, 256, 5
-    layer = PreQuantLinear.from_linear(linear(K, 128), PreQuantConfig(r=r, activation_bits=activation_bits), axis="input")
+    layer = PreQuantLinear.from_linear(
+        linear(K, 128), PreQuantConfig(r=r, activation_bits=activation_bits), axis="input"
+    )
     kept = saved_bytes(layer, torch.randn(M, K, requires_grad=True))
     assert sum(t.nbytes for t in kept) <= M * r * 4
 
@@ -113,7 +119,11 @@ def test_a_frozen_layer_keeps_nothing():
 def test_train_scales_is_prequant_alpha():
     config = PreQuantConfig(r=0, train_scales=True)
     layer = PreQuantLinear.from_linear(linear(96, 32), config, hidden_size=32)
-    assert layer.weight_scale.shape == (32, 3) and layer.weight_scale.requires_grad and not layer.outlier_weight.requires_grad
+    assert (
+        layer.weight_scale.shape == (32, 3)
+        and layer.weight_scale.requires_grad
+        and not layer.outlier_weight.requires_grad
+    )
     codes = layer.weight_packed.clone()
     layer(torch.randn(8, 96)).square().sum().backward()
     assert layer.weight_scale.grad.shape == (32, 3) and layer.weight_scale.grad.abs().sum() > 0
@@ -128,7 +138,9 @@ def test_half_precision_keeps_masters_in_float32():
         layer.to(dtype)
         x = torch.randn(2, 64, dtype=dtype)
         assert layer(x).dtype == dtype and layer.weight.dtype == dtype and layer.bias.dtype == dtype
-        assert layer.weight_scale.dtype == layer.outlier_weight.dtype == layer.outlier_weight.grad.dtype == torch.float32
+        assert (
+            layer.weight_scale.dtype == layer.outlier_weight.dtype == layer.outlier_weight.grad.dtype == torch.float32
+        )
         assert layer.outlier_weight.equal(masters)
 
 
@@ -203,13 +215,19 @@ def test_trains_towards_a_target():
     assert losses[-1] < 0.95 * losses[0]
 
 
-@pytest.mark.parametrize(("config_axis", "axis", "expected"), [("hidden", None, "input"), ("output", None, "output"), ("output", "input", "input")])
+@pytest.mark.parametrize(
+    ("config_axis", "axis", "expected"),
+    [("hidden", None, "input"), ("output", None, "output"), ("output", "input", "input")],
+)
 def test_the_axis_is_the_config_s_unless_given(config_axis, axis, expected):
     assert PreQuantLinear.from_linear(linear(), PreQuantConfig(axis=config_axis), axis).axis == expected
 
 
 def test_rejects():
-    with pytest.raises(ValueError, match="axis must be input or output for a single layer, got 'hidden'; \"hidden\" is decided by the role"):
+    with pytest.raises(
+        ValueError,
+        match="axis must be input or output for a single layer, got 'hidden'; \"hidden\" is decided by the role",
+    ):
         PreQuantLinear.from_linear(linear(), PreQuantConfig(), axis="hidden")
     with pytest.raises(TypeError, match=r"linear must be an nn\.Linear or a transformers Conv1D, got Conv2d"):
         PreQuantLinear.from_linear(nn.Conv2d(1, 1, 1), PreQuantConfig())
@@ -247,7 +265,9 @@ print(peak() - before)
 
 
 @pytest.mark.parametrize("axis", ["input", "output"])
-@pytest.mark.parametrize("settings", ["", "activation_bits=None", "r=0, train_scales=True"], ids=["w4a8", "w4a16", "alpha"])
+@pytest.mark.parametrize(
+    "settings", ["", "activation_bits=None", "r=0, train_scales=True"], ids=["w4a8", "w4a16", "alpha"]
+)
 def test_a_step_never_holds_a_dense_weight(settings, axis):
     """Forward and backward of a 4096 x 4096 layer: a dense copy, or a dense gradient, would be 67 MB in float32."""
     try:

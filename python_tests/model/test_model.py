@@ -14,13 +14,23 @@ from prequant_ext.embedding import PreQuantEmbedding
 from prequant_ext.families import FAMILIES
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import head_parameter_names, merge, plan, quantize_model, trainable_parameters
-from support.tiny_models import HIDDEN, PLAIN_FAMILY, SETTINGS, Plain, assert_unchanged, from_config, outputs, snapshot, tiny_model
+from support.tiny_models import (
+    HIDDEN,
+    PLAIN_FAMILY,
+    SETTINGS,
+    Plain,
+    assert_unchanged,
+    from_config,
+    outputs,
+    snapshot,
+    tiny_model,
+)
 
 WEIGHT_ONLY = PreQuantConfig(r=2, activation_bits=None)
 every_family = pytest.mark.parametrize("model_type", FAMILIES)
 
 
-# ---- every family ---------------------------------------------------------------------------------------------------
+# ---- every family ----------------------------------------------------------------------------------------------------
 
 
 @every_family
@@ -69,7 +79,9 @@ def test_gradients_reach_the_outlier_weights_and_the_head_alone(model_type):
     ids = torch.full((1, 3), 1)
     model.train()(input_ids=ids, labels=torch.tensor([1])).loss.backward()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    expected = {name for name, _ in model.named_parameters() if name.endswith("outlier_weight")} | set(head_parameter_names(model))
+    expected = {name for name, _ in model.named_parameters() if name.endswith("outlier_weight")} | set(
+        head_parameter_names(model)
+    )
     assert with_gradient == expected
     if model_type == "t5":  # cross-attention and the decoder included
         assert any("EncDecAttention.k" in name for name in with_gradient)
@@ -93,7 +105,7 @@ def test_a_half_precision_model_stays_one(dtype):
     assert {parameter.dtype for parameter in merge(model).parameters()} == {dtype}
 
 
-# ---- all or nothing -------------------------------------------------------------------------------------------------
+# ---- all or nothing --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -142,7 +154,7 @@ def test_a_model_without_data_is_refused():
         quantize_model(tiny_model("bert", device="meta"), PreQuantConfig(r=1))
 
 
-# ---- what trains ----------------------------------------------------------------------------------------------------
+# ---- what trains -----------------------------------------------------------------------------------------------------
 
 
 def trained(model):
@@ -156,9 +168,14 @@ def test_quantize_model_freezes_as_trainable_parameters_does():
     model.requires_grad_(False)
     parameters = trainable_parameters(model)
     assert trained(model) == names
-    assert [id(parameter) for parameter in parameters] == [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    assert [id(parameter) for parameter in parameters] == [
+        id(parameter) for parameter in model.parameters() if parameter.requires_grad
+    ]
     assert {name for name in names if not name.endswith("outlier_weight")} == set(head_parameter_names(model))
-    assert sum(parameter.numel() for name, parameter in model.named_parameters() if name.endswith("outlier_weight")) == report.trainable
+    assert (
+        sum(parameter.numel() for name, parameter in model.named_parameters() if name.endswith("outlier_weight"))
+        == report.trainable
+    )
 
 
 def test_biases_and_layer_norms_on_request():
@@ -185,7 +202,10 @@ def test_language_model_heads_do_not_train_even_with_biases():
 def test_next_sentence_head_trains_beside_a_frozen_language_model_head():
     model = from_config(tiny_model("bert").config, BertForPreTraining)
     quantize_model(model, PreQuantConfig(r=2))
-    assert {name for name in trained(model) if name.startswith("cls.")} == {"cls.seq_relationship.weight", "cls.seq_relationship.bias"}
+    assert {name for name in trained(model) if name.startswith("cls.")} == {
+        "cls.seq_relationship.weight",
+        "cls.seq_relationship.bias",
+    }
 
 
 def test_scales_train_in_place_of_outlier_weights():
@@ -206,7 +226,8 @@ def test_nothing_to_train_is_an_error():
 
 def test_a_quantized_head_is_an_error():
     model = Plain()
-    quantize_model(model, PreQuantConfig(r=1, axis="input"))  # without a family no head is known, and classifier is quantized like the rest
+    # without a family no head is known, and classifier is quantized like the rest
+    quantize_model(model, PreQuantConfig(r=1, axis="input"))
     model._prequant_family = PLAIN_FAMILY
     with pytest.raises(ValueError, match=r"classifier.* belongs to the frozen base but also to the task head"):
         trainable_parameters(model)
@@ -218,7 +239,7 @@ def test_a_float_model_is_an_error(function):
         function(tiny_model("bert"))
 
 
-# ---- ticket selection -----------------------------------------------------------------------------------------------
+# ---- ticket selection ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", ["bert", "gpt2"])
@@ -246,7 +267,7 @@ def test_tuned_weights_that_do_not_fit_the_selector_are_refused(selector, tuned,
         quantize_model(tiny_model("bert"), PreQuantConfig(r=1, selector=selector), tuned=tuned)
 
 
-# ---- merge ----------------------------------------------------------------------------------------------------------
+# ---- merge -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", ["bert", "gpt2", "t5"])
@@ -256,7 +277,11 @@ def test_a_merged_model_is_the_float_model_with_other_values(model_type):
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     settings = model.config.to_dict()
     quantize_model(model, WEIGHT_ONLY)
-    dense = {name: module.dequantize() for name, module in model.named_modules() if isinstance(module, PreQuantLinear | PreQuantEmbedding)}
+    dense = {
+        name: module.dequantize()
+        for name, module in model.named_modules()
+        if isinstance(module, PreQuantLinear | PreQuantEmbedding)
+    }
     assert merge(model) is model
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert {name: parameter.shape for name, parameter in model.named_parameters()} == shapes

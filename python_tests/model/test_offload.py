@@ -16,7 +16,16 @@ MAPS = {  # and how many of the 12 linears and 3 tables are then on disk
     "cpu": ({"": "cpu"}, 0),
     "blocks": (BLOCKS_ON_DISK, 12),
     "everything but the head": ({"bert": "disk", "classifier": "cpu"}, 15),
-    "one layer": ({"bert.embeddings": "cpu", "bert.encoder.layer.0": "cpu", "bert.encoder.layer.1": "disk", "bert.pooler": "cpu", "classifier": "cpu"}, 6),
+    "one layer": (
+        {
+            "bert.embeddings": "cpu",
+            "bert.encoder.layer.0": "cpu",
+            "bert.encoder.layer.1": "disk",
+            "bert.pooler": "cpu",
+            "classifier": "cpu",
+        },
+        6,
+    ),
 }
 
 
@@ -43,7 +52,9 @@ def test_the_output_has_the_same_bits_wherever_the_weights_are(device_map, num_o
 
 
 def test_auto_puts_on_disk_what_does_not_fit(directory, tmp_path):
-    model = BertForSequenceClassification.from_pretrained(directory, device_map="auto", max_memory={"cpu": 20_000}, offload_folder=tmp_path / "offload")
+    model = BertForSequenceClassification.from_pretrained(
+        directory, device_map="auto", max_memory={"cpu": 20_000}, offload_folder=tmp_path / "offload"
+    )
     assert "disk" in model.hf_device_map.values() and "cpu" in model.hf_device_map.values()
     assert torch.equal(toy_output(model), toy_output(BertForSequenceClassification.from_pretrained(directory)))
 
@@ -67,13 +78,18 @@ def test_other_families_offload(name, on_disk, in_memory, tmp_path):
 def test_an_offloaded_model_saves_what_it_was_loaded_from(directory, tmp_path):
     model = BertForSequenceClassification.from_pretrained(directory, device_map=BLOCKS_ON_DISK)
     model.save_pretrained(tmp_path / "again")
-    assert_same(BertForSequenceClassification.from_pretrained(tmp_path / "again"), BertForSequenceClassification.from_pretrained(directory))
+    assert_same(
+        BertForSequenceClassification.from_pretrained(tmp_path / "again"),
+        BertForSequenceClassification.from_pretrained(directory),
+    )
 
 
 @pytest.mark.parametrize("use", [prepare_model, merge])
 def test_an_offloaded_model_is_for_inference(use, directory):
     model = BertForSequenceClassification.from_pretrained(directory, device_map=BLOCKS_ON_DISK)
-    with pytest.raises(ValueError, match=r"bert\.encoder\.layer\.0\.attention\.self\.query is offloaded, which serves inference alone"):
+    with pytest.raises(
+        ValueError, match=r"bert\.encoder\.layer\.0\.attention\.self\.query is offloaded, which serves inference alone"
+    ):
         use(model)
 
 
@@ -82,7 +98,9 @@ def test_values_on_disk_are_checked(directory):
     name = "bert.encoder.layer.1.output.dense.outlier_dims"
     file = next(path for path in directory.glob("*.safetensors") if name in load_file(path))
     save_file(load_file(file) | {name: torch.tensor([1, 32])}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"layer\.1\.output\.dense\.outlier_dims must lie in 0 to 31, got values from 1 to 32"):
+    with pytest.raises(
+        ValueError, match=r"layer\.1\.output\.dense\.outlier_dims must lie in 0 to 31, got values from 1 to 32"
+    ):
         BertForSequenceClassification.from_pretrained(directory, device_map=BLOCKS_ON_DISK)
 
 
@@ -91,8 +109,20 @@ def test_a_float_checkpoint_is_not_quantized_to_disk(device_map, tmp_path):
     """The loader would take the float file's weight for the codes."""
     model_class = save_toy("bert", tmp_path / "float")
     memory = {"max_memory": {"cpu": 20_000}} if device_map == "auto" else {}
-    with pytest.raises(ValueError, match=r"device_map puts bert\.\S+ on disk while the float checkpoint is being quantized: quantize and save it first"):
-        model_class.from_pretrained(tmp_path / "float", quantization_config=CONFIG, device_map=device_map, offload_folder=tmp_path / "offload", **memory)
+    with pytest.raises(
+        ValueError,
+        match=r"device_map puts bert\.\S+ on disk while the float checkpoint is being quantized: quantize and save it "
+        r"first",
+    ):
+        model_class.from_pretrained(
+            tmp_path / "float",
+            quantization_config=CONFIG,
+            device_map=device_map,
+            offload_folder=tmp_path / "offload",
+            **memory,
+        )
     head_on_disk = {"bert": "cpu", "classifier": "disk"}
     model = model_class.from_pretrained(tmp_path / "float", quantization_config=CONFIG, device_map=head_on_disk)
-    assert torch.equal(toy_output(model), toy_output(model_class.from_pretrained(tmp_path / "float", quantization_config=CONFIG)))
+    assert torch.equal(
+        toy_output(model), toy_output(model_class.from_pretrained(tmp_path / "float", quantization_config=CONFIG))
+    )

@@ -26,7 +26,7 @@ def test_the_table_is_what_the_config_admits():
     assert tuple(SELECTORS) == config_module.SELECTOR_NAMES
 
 
-# ---- every selector ---------------------------------------------------------------------------------------------------
+# ---- every selector --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -34,7 +34,9 @@ def test_the_table_is_what_the_config_admits():
 @pytest.mark.parametrize("r", [0, 1, 7])
 def test_dimensions_are_distinct_ascending_int64(selector, axis, r):
     weight = random_weight(24, 32)
-    dims = quantize_matrix(weight, PreQuantConfig(selector=selector, r=r), name="w", axis=axis, tuned=random_weight(24, 32, seed=1)).outlier_dims
+    dims = quantize_matrix(
+        weight, PreQuantConfig(selector=selector, r=r), name="w", axis=axis, tuned=random_weight(24, 32, seed=1)
+    ).outlier_dims
     assert dims.dtype == torch.int64 and dims.shape == (r,)
     assert dims.tolist() == sorted(set(dims.tolist()))
     assert all(0 <= dim < weight.shape[AXES[axis]] for dim in dims.tolist())
@@ -48,20 +50,26 @@ def test_r_equal_to_the_axis_takes_every_dimension(selector, axis):
     assert selected(weight, axis, selector=selector, r=length, tuned=weight + 1) == list(range(length))
 
 
-@pytest.mark.parametrize(("axis", "dimensions"), [("input", "8, the number of input columns"), ("output", "6, the number of output rows")])
+@pytest.mark.parametrize(
+    ("axis", "dimensions"), [("input", "8, the number of input columns"), ("output", "6, the number of output rows")]
+)
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_r_beyond_the_axis_is_refused_naming_the_matrix(selector, axis, dimensions):
-    with pytest.raises(ValueError, match=rf"^encoder\.query\.weight: r = 9 must be at most {dimensions} of its \(6, 8\) weight"):
+    with pytest.raises(
+        ValueError, match=rf"^encoder\.query\.weight: r = 9 must be at most {dimensions} of its \(6, 8\) weight"
+    ):
         selected(random_weight(6, 8), axis, selector=selector, r=9, tuned=random_weight(6, 8))
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_the_same_twice(selector):
     weight, tuned = random_weight(40, 48), random_weight(40, 48, seed=1)
-    assert selected(weight, "input", selector=selector, tuned=tuned) == selected(weight.clone(), "input", selector=selector, tuned=tuned)
+    assert selected(weight, "input", selector=selector, tuned=tuned) == selected(
+        weight.clone(), "input", selector=selector, tuned=tuned
+    )
 
 
-# ---- outlier (Eq. 3) ------------------------------------------------------------------------------------------------------
+# ---- outlier (Eq. 3) -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -75,7 +83,8 @@ def test_outlier_finds_planted_dimensions(axis):
 
 def test_outlier_ties_go_to_energy_then_to_the_lower_index():
     weight = torch.zeros(64, 64)
-    weight[0, 10], weight[1, 20], weight[2, 30], weight[3, 40] = 1.0, -1.5, 1.0, 1.5  # one outlier a column, the mean pulled up by 2 / 4096
+    # one outlier a column, the mean pulled up by 2 / 4096
+    weight[0, 10], weight[1, 20], weight[2, 30], weight[3, 40] = 1.0, -1.5, 1.0, 1.5
     assert selected(weight, "input", r=1) == [20]  # -1.5 lies farther from a positive mean than 1.5
     assert selected(weight, "input", r=2) == [20, 40]
     assert selected(weight, "input", r=3) == [10, 20, 40]
@@ -125,7 +134,7 @@ def test_density_just_at_the_peak_is_refused():
     assert threshold_sigmas(("log_density", math.nextafter(log_peak, -math.inf)), 0.5, "w") > 0
 
 
-# ---- random, ticket, error -----------------------------------------------------------------------------------------------
+# ---- random, ticket, error -------------------------------------------------------------------------------------------
 
 
 def test_random_draws_from_seed_and_module_name_alone():
@@ -138,7 +147,9 @@ def test_random_draws_from_seed_and_module_name_alone():
 
 
 def test_random_reaches_every_dimension():
-    drawn = {dim for seed in range(60) for dim in selected(random_weight(2, 16), "input", selector="random", r=2, seed=seed)}
+    drawn = {
+        dim for seed in range(60) for dim in selected(random_weight(2, 16), "input", selector="random", r=2, seed=seed)
+    }
     assert drawn == set(range(16))
 
 
@@ -163,7 +174,9 @@ def test_ticket_ranks_by_how_far_dimensions_moved(axis, dtype):
 
 
 def test_ticket_without_tuned_says_how_to_pass_it():
-    with pytest.raises(ValueError, match=r"^encoder\.query\.weight: selector 'ticket' .*quantize_model\(model, config, tuned=\.\.\.\)"):
+    with pytest.raises(
+        ValueError, match=r"^encoder\.query\.weight: selector 'ticket' .*quantize_model\(model, config, tuned=\.\.\.\)"
+    ):
         selected(random_weight(8, 8), "input", selector="ticket")
 
 
@@ -199,7 +212,7 @@ def test_error_ties_go_to_the_lower_index(axis):
     assert selected(weight, axis, selector="error", r=3) == [0, 1, 2]
 
 
-# ---- overlap, and the sums that every device makes alike --------------------------------------------------------------------
+# ---- overlap, and the sums that every device makes alike -------------------------------------------------------------
 
 
 def test_jaccard():

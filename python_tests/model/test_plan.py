@@ -15,7 +15,12 @@ PAPER = {  # model, r, trainable outlier weights (Table 1 prints 0.55 M, 0.55 M,
     "BERT-base": (BertModel, BertConfig(), 5, 552_960),
     "RoBERTa-base": (RobertaModel, RobertaConfig(vocab_size=50265), 5, 552_960),
     "RoBERTa-large": (RobertaModel, RobertaConfig(vocab_size=50265, **LARGE), 5, 1_474_560),
-    "T5-3B encoder": (T5EncoderModel, T5Config(d_model=1024, d_ff=16384, d_kv=128, num_heads=32, num_layers=24), 10, 11_796_480),
+    "T5-3B encoder": (
+        T5EncoderModel,
+        T5Config(d_model=1024, d_ff=16384, d_kv=128, num_heads=32, num_layers=24),
+        10,
+        11_796_480,
+    ),
 }
 
 
@@ -41,11 +46,29 @@ def test_columns_everywhere_train_less():
 def test_rows_of_a_plan():
     model = tiny_model("bert", device="meta")
     rows = {row.name.removeprefix("bert."): row for row in plan(model, PreQuantConfig(r=3))}
-    reader, writer, table = (rows[name] for name in ("encoder.layer.0.intermediate.dense", "encoder.layer.1.output.dense", "embeddings.word_embeddings"))
-    assert (reader.kind, reader.shape, reader.axis, reader.bits, reader.outlier_slices, reader.trainable) == ("linear", (64, 32), "input", 4, 3, 3 * 64)
-    assert reader.bytes == 64 * 32 // 2 + (4 + 1) + 3 * 8 + 3 * 64 * 4 + 64 * 4  # codes, scale and zero point, indices, outlier weights, bias
+    reader, writer, table = (
+        rows[name]
+        for name in ("encoder.layer.0.intermediate.dense", "encoder.layer.1.output.dense", "embeddings.word_embeddings")
+    )
+    assert (reader.kind, reader.shape, reader.axis, reader.bits, reader.outlier_slices, reader.trainable) == (
+        "linear",
+        (64, 32),
+        "input",
+        4,
+        3,
+        3 * 64,
+    )
+    # codes, scale and zero point, indices, outlier weights, bias
+    assert reader.bytes == 64 * 32 // 2 + (4 + 1) + 3 * 8 + 3 * 64 * 4 + 64 * 4
     assert (writer.shape, writer.axis, writer.trainable) == ((32, 64), "output", 3 * 64)
-    assert (table.kind, table.shape, table.axis, table.bits, table.outlier_slices, table.trainable) == ("embedding", (50, 32), None, 8, 0, 0)
+    assert (table.kind, table.shape, table.axis, table.bits, table.outlier_slices, table.trainable) == (
+        "embedding",
+        (50, 32),
+        None,
+        8,
+        0,
+        0,
+    )
     assert table.bytes == 50 * 32 + 50 * (4 + 1)
 
 
@@ -73,7 +96,7 @@ def test_shapes_of_conv1d_are_those_of_the_linear():
     assert rows["h.0.mlp.c_proj"].shape == (32, 128)
 
 
-# ---- bits of single blocks ------------------------------------------------------------------------------------------
+# ---- bits of single blocks -------------------------------------------------------------------------------------------
 
 
 def bits_of(model_type, layer_bits):
@@ -124,15 +147,25 @@ def test_layer_bits_without_blocks_are_refused():
         plan(nn.Sequential(nn.Linear(8, 8)), PreQuantConfig(r=1, axis="input", layer_bits=[2]))
 
 
-# ---- what is refused, before any work -------------------------------------------------------------------------------
+# ---- what is refused, before any work --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"r": 33}, r"bert.encoder.layer.0.attention.self.query: r = 33 must be at most 32, the number of input columns of its \(32, 32\) weight"),
-        ({"group_size": 24, "strategy": "group_wise"}, "bert.encoder.layer.0.attention.self.query: group_size must divide K, got group_size = 24 and K = 32"),
-        ({"modules_to_not_convert": ["layer.0", "layer.7"]}, "modules_to_not_convert: 'layer.7' matches no module of BertForSequenceClassification"),
+        (
+            {"r": 33},
+            r"bert.encoder.layer.0.attention.self.query: r = 33 must be at most 32, the number of input columns of "
+            r"its \(32, 32\) weight",
+        ),
+        (
+            {"group_size": 24, "strategy": "group_wise"},
+            "bert.encoder.layer.0.attention.self.query: group_size must divide K, got group_size = 24 and K = 32",
+        ),
+        (
+            {"modules_to_not_convert": ["layer.0", "layer.7"]},
+            "modules_to_not_convert: 'layer.7' matches no module of BertForSequenceClassification",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused(settings, message):
@@ -141,7 +174,9 @@ def test_settings_that_do_not_fit_the_model_are_refused(settings, message):
 
 
 def test_r_equal_to_the_axis_is_legal():
-    assert {row.outlier_slices for row in plan(tiny_model("bert"), PreQuantConfig(r=32)) if row.kind == "linear"} == {32}
+    assert {row.outlier_slices for row in plan(tiny_model("bert"), PreQuantConfig(r=32)) if row.kind == "linear"} == {
+        32
+    }
 
 
 @pytest.mark.parametrize(
@@ -173,13 +208,25 @@ def test_a_loader_may_know_names_that_this_class_lacks():
 
 
 def test_a_family_whose_roles_contradict_each_other_is_refused():
-    wrong = Family({"encoder": "encoder.layer"}, reads=("self.query", "self.key", "self.value", "output.dense"), writes=("intermediate.dense",))
-    with pytest.raises(ValueError, match=r"intermediate.dense \(64, 32\) writes a residual stream of 64 by the family's row, but .*query \(32, 32\) says 32"):
+    wrong = Family(
+        {"encoder": "encoder.layer"},
+        reads=("self.query", "self.key", "self.value", "output.dense"),
+        writes=("intermediate.dense",),
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"intermediate.dense \(64, 32\) writes a residual stream of 64 by the family's row, but .*query \(32, "
+        r"32\) says 32",
+    ):
         plan(tiny_model("bert"), PreQuantConfig(r=1), wrong)
 
 
 def test_a_family_of_another_model_is_refused():
-    with pytest.raises(ValueError, match=r"BertForSequenceClassification has no block list encoder.block, decoder.block; .* are bert.encoder.layer"):
+    with pytest.raises(
+        ValueError,
+        match=r"BertForSequenceClassification has no block list encoder.block, decoder.block; .* are "
+        r"bert.encoder.layer",
+    ):
         plan(tiny_model("bert"), PreQuantConfig(r=1), FAMILIES["t5"])
 
 

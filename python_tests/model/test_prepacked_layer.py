@@ -10,7 +10,9 @@ from prequant_ext import PreQuantConfig, ops, quantize_model
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.task_file import fingerprint
 
-pytestmark = pytest.mark.parametrize("device", ["emulated", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
+pytestmark = pytest.mark.parametrize(
+    "device", ["emulated", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
+)
 CONFIGS = {
     "default": PreQuantConfig(),
     "weight only, groups": PreQuantConfig(activation_bits=None, strategy="group_wise", group_size=64),

@@ -28,7 +28,7 @@ def trained_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-# ---- what trains -----------------------------------------------------------------------------------------------------------
+# ---- what trains -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes", [{}, {"biases": True, "layer_norms": True}], ids=["default", "biases and norms"])
@@ -50,8 +50,16 @@ def test_the_base_is_frozen_and_nothing_is_cast(changes):
     [
         (lambda: make_toy("bert"), {}, "BertForSequenceClassification is not quantized: call quantize_model first"),
         (lambda: quantized_toy("gpt2", PreQuantConfig(r=0)), {}, "nothing to train in GPT2LMHeadModel"),
-        (quantized_toy, {"use_reentrant": True}, "use_reentrant=True is a way of gradient checkpointing and needs gradient_checkpointing=True"),
-        (Plain, {"gradient_checkpointing": True}, "gradient_checkpointing=True needs a transformers model that supports it, got Plain"),
+        (
+            quantized_toy,
+            {"use_reentrant": True},
+            "use_reentrant=True is a way of gradient checkpointing and needs gradient_checkpointing=True",
+        ),
+        (
+            Plain,
+            {"gradient_checkpointing": True},
+            "gradient_checkpointing=True needs a transformers model that supports it, got Plain",
+        ),
     ],
     ids=["float", "nothing", "reentrant alone", "plain"],
 )
@@ -77,13 +85,17 @@ def test_gradient_checkpointing_changes_no_gradient(name):
         first.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(0)  # dropout: the second run of a block must draw what the first drew
         model(**toy_inputs(model))[0].square().sum().backward()
-        gradients[mode] = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+        gradients[mode] = {
+            name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
         blocks_run[mode] = len(calls)
         assert mode == "none" or not model.config.use_cache
     assert blocks_run == {"none": 1, "non-reentrant": 2, "reentrant": 2}
     for mode in ("non-reentrant", "reentrant"):
         for name, gradient in gradients[mode].items():  # a residual stream's gradients may be added up in another order
-            torch.testing.assert_close(gradient, gradients["none"][name], rtol=0, atol=1e-5 * gradient.abs().max().item())
+            torch.testing.assert_close(
+                gradient, gradients["none"][name], rtol=0, atol=1e-5 * gradient.abs().max().item()
+            )
 
 
 def test_a_model_to_be_sharded_keeps_the_layout_of_the_files():
@@ -98,7 +110,7 @@ def test_a_model_to_be_sharded_keeps_the_layout_of_the_files():
     assert torch.equal(toy_output(model), toy_output(other))
 
 
-# ---- strategies that cannot hold a quantized model -----------------------------------------------------------------------------
+# ---- strategies that cannot hold a quantized model -------------------------------------------------------------------
 
 FSDP1 = r"FSDP1 flattens .* use DDP, or FSDP2"
 ZERO3 = r"ZeRO-3 partitions every parameter, .* use ZeRO-1, ZeRO-2, DDP or FSDP2"
@@ -121,7 +133,9 @@ def accelerate_state():
     ],
     ids=["fsdp 1", "zero 3", "fsdp 2", "zero 2"],
 )
-def test_what_accelerate_launch_is_set_to_is_seen_before_anything_is_loaded(environment, message, monkeypatch, tmp_path):
+def test_what_accelerate_launch_is_set_to_is_seen_before_anything_is_loaded(
+    environment, message, monkeypatch, tmp_path
+):
     model = quantized_toy()
     model.save_pretrained(tmp_path)
     for name, value in environment.items():
@@ -148,7 +162,12 @@ class TrainerWithPlugin(Trainer):
     ("version", "mixed_precision", "message"),
     [
         (1, None, FSDP1),
-        (2, "bf16", r"FSDP2 with mixed precision gathers every float parameter in torch\.bfloat16, but scales and outlier weights are float32"),
+        (
+            2,
+            "bf16",
+            r"FSDP2 with mixed precision gathers every float parameter in torch\.bfloat16, but scales and outlier "
+            r"weights are float32",
+        ),
         (2, None, None),
     ],
 )

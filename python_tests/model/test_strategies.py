@@ -41,7 +41,9 @@ def test_range_strategies(strategy, bits):
     blocks = blocks_of(weight, STRATEGIES[strategy].granularity)
     scale = (blocks.amax(1) - blocks.amin(1)) / 2**bits
     assert torch.equal(matrix.weight_scale.flatten(), scale.float())
-    assert torch.equal(matrix.weight_zero_point.flatten(), (-blocks.amin(1) / scale).round().clamp(0, 2**bits - 1).to(torch.uint8))
+    assert torch.equal(
+        matrix.weight_zero_point.flatten(), (-blocks.amin(1) / scale).round().clamp(0, 2**bits - 1).to(torch.uint8)
+    )
 
 
 def test_alpha_is_divided_by_two_to_the_bits_as_printed():
@@ -52,7 +54,9 @@ def test_alpha_is_divided_by_two_to_the_bits_as_printed():
     sigma = weight.double().std(correction=0).item()
     scale, zero_point = matrix.weight_scale.item(), matrix.weight_zero_point.item()
     assert zero_point == 8
-    assert -zero_point * scale == pytest.approx(-3 * sigma, rel=1e-6) and (15 - zero_point) * scale == pytest.approx(2.625 * sigma, rel=1e-6)
+    assert -zero_point * scale == pytest.approx(-3 * sigma, rel=1e-6) and (15 - zero_point) * scale == pytest.approx(
+        2.625 * sigma, rel=1e-6
+    )
 
 
 DISTRIBUTIONS = {  # each one is here for a reason
@@ -64,9 +68,12 @@ DISTRIBUTIONS = {  # each one is here for a reason
     "far from 0": random_weight(64, 64) * 0.1 + 10,  # all are stretched
     "skewed": random_weight(64, 96).exp(),
     "skewed to the left": -random_weight(64, 96).exp(),
-    "heavy tails": random_weight(300, 300).exp() - random_weight(300, 300, seed=1).exp(),  # weights beyond the histogram's bins
+    # weights beyond the histogram's bins
+    "heavy tails": random_weight(300, 300).exp() - random_weight(300, 300, seed=1).exp(),
     "one row of outliers": torch.cat([random_weight(511, 32), torch.full((1, 32), 100.0)]),
-    "one huge weight": torch.cat([random_weight(200, 1000), torch.zeros(1, 1000).index_fill_(1, torch.tensor([3]), 1e4)]),
+    "one huge weight": torch.cat(
+        [random_weight(200, 1000), torch.zeros(1, 1000).index_fill_(1, torch.tensor([3]), 1e4)]
+    ),
     "two bumps": torch.cat([random_weight(32, 64) * 0.1 + 1, random_weight(32, 64) * 0.1 - 1]),
     "uniform": torch.rand(64, 64, generator=torch.Generator().manual_seed(0)),
 }
@@ -75,7 +82,12 @@ DISTRIBUTIONS = {  # each one is here for a reason
 def dense_grid_best(weight: torch.Tensor, bits: int) -> float:
     """Least squared error over a plain grid of clip points, each one measured."""
     values, top = weight.double().flatten(), 2**bits - 1
-    mean, std, low, high = values.mean().item(), values.std(correction=0).item(), values.min().item(), values.max().item()
+    mean, std, low, high = (
+        values.mean().item(),
+        values.std(correction=0).item(),
+        values.min().item(),
+        values.max().item(),
+    )
     best = math.inf
     steps = torch.linspace(2 * std, high - low, 1500 if weight.numel() < 10_000 else 300, dtype=torch.float64)
     for alpha in [*steps.tolist(), 6 * std]:

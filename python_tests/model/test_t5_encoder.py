@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizerFast, T5Config, T5EncoderModel, T5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
 
 from prequant_ext import directory
 from prequant_ext.config import PreQuantConfig
@@ -36,22 +43,35 @@ def test_losses():
     ids = torch.randint(3, 50, (4, 6))
     classes, number = model(num_labels=3), model(num_labels=1)
     labels = torch.tensor([0, 2, 1, 1])
-    torch.testing.assert_close(classes(input_ids=ids, labels=labels).loss, torch.nn.functional.cross_entropy(classes(input_ids=ids).logits, labels))
+    torch.testing.assert_close(
+        classes(input_ids=ids, labels=labels).loss,
+        torch.nn.functional.cross_entropy(classes(input_ids=ids).logits, labels),
+    )
     scores = torch.tensor([0.5, 3.0, 2.0, 5.0])
-    torch.testing.assert_close(number(input_ids=ids, labels=scores).loss, (number(input_ids=ids).logits[:, 0] - scores).square().mean())
+    torch.testing.assert_close(
+        number(input_ids=ids, labels=scores).loss, (number(input_ids=ids).logits[:, 0] - scores).square().mean()
+    )
 
 
 def test_a_plain_t5_checkpoint_gives_its_encoder(tmp_path):
     torch.manual_seed(1)
     whole = T5ForConditionalGeneration(T5Config(**SIZES, decoder_start_token_id=0))
     whole.save_pretrained(tmp_path / "t5")
-    classifier, loading = T5EncoderForSequenceClassification.from_pretrained(tmp_path / "t5", num_labels=2, output_loading_info=True)
+    classifier, loading = T5EncoderForSequenceClassification.from_pretrained(
+        tmp_path / "t5", num_labels=2, output_loading_info=True
+    )
     assert set(loading["missing_keys"]) == {"classifier.weight", "classifier.bias"}
     ids = torch.randint(3, 50, (2, 5))
-    torch.testing.assert_close(classifier.eval().transformer(input_ids=ids).last_hidden_state, whole.eval().encoder(input_ids=ids).last_hidden_state)
+    torch.testing.assert_close(
+        classifier.eval().transformer(input_ids=ids).last_hidden_state,
+        whole.eval().encoder(input_ids=ids).last_hidden_state,
+    )
     classifier.save_pretrained(tmp_path / "saved")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
-    assert type(again) is T5EncoderForSequenceClassification and AutoConfig.from_pretrained(tmp_path / "saved").model_type == "t5_encoder"
+    assert (
+        type(again) is T5EncoderForSequenceClassification
+        and AutoConfig.from_pretrained(tmp_path / "saved").model_type == "t5_encoder"
+    )
     torch.testing.assert_close(again.eval()(input_ids=ids).logits, classifier(input_ids=ids).logits)
 
 
@@ -82,30 +102,55 @@ def test_count_of_the_papers_t5():
 def test_glue_trains_the_encoder_of_a_t5(method, tmp_path):
     tokens = BertTokenizerFast.from_pretrained(save_float_model(tmp_path / "words"))
     torch.manual_seed(0)
-    T5ForConditionalGeneration(T5Config(**(SIZES | {"vocab_size": len(tokens)}), decoder_start_token_id=0)).save_pretrained(tmp_path / "t5")
+    T5ForConditionalGeneration(
+        T5Config(**(SIZES | {"vocab_size": len(tokens)}), decoder_start_token_id=0)
+    ).save_pretrained(tmp_path / "t5")
     tokens.save_pretrained(tmp_path / "t5")
     quantization = {"r": 3} if method == "prequant" else None
-    settings = train.Settings(str(tmp_path / "t5"), "sst2", method, "synthetic", epochs=1, max_train=64, max_length=32, lr=1e-2, quantization=quantization)
+    settings = train.Settings(
+        str(tmp_path / "t5"),
+        "sst2",
+        method,
+        "synthetic",
+        epochs=1,
+        max_train=64,
+        max_length=32,
+        lr=1e-2,
+        quantization=quantization,
+    )
     trained, _, result = train.fine_tune(settings)
     assert type(trained) is T5EncoderForSequenceClassification and 0 <= result.score <= 1
 
 
 @pytest.mark.parametrize("saved_as", [T5ForConditionalGeneration, T5EncoderModel, T5EncoderForSequenceClassification])
 def test_the_steps_of_the_command_line_take_it_for_what_it_is(saved_as, tmp_path):
-    """Else a checkpoint of the encoder alone gets a decoder of random weights, and a task of the encoder is refused for the decoder that it does not know."""
+    """Else a checkpoint of the encoder alone gets a decoder of random weights, and a task of the encoder is refused for
+    the decoder that it does not know.
+    """
     torch.manual_seed(0)
-    config = T5EncoderConfig(**SIZES) if saved_as is T5EncoderForSequenceClassification else T5Config(**SIZES, decoder_start_token_id=0)
+    config = (
+        T5EncoderConfig(**SIZES)
+        if saved_as is T5EncoderForSequenceClassification
+        else T5Config(**SIZES, decoder_start_token_id=0)
+    )
     saved_as(config).save_pretrained(tmp_path / "float")
     settings = PreQuantConfig(r=2)
     report = directory.quantize_directory(str(tmp_path / "float"), settings, tmp_path / "base")
-    assert [row.name for row in report.rows] == [row.name for row in directory.plan_of(str(tmp_path / "float"), settings)]
+    assert [row.name for row in report.rows] == [
+        row.name for row in directory.plan_of(str(tmp_path / "float"), settings)
+    ]
     assert any("decoder" in row.name for row in report.rows) == (saved_as is T5ForConditionalGeneration)
     assert AutoConfig.from_pretrained(tmp_path / "base").architectures == [saved_as.__name__]
 
-    trained = T5EncoderForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3, ignore_mismatched_sizes=True).eval()
+    trained = T5EncoderForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=3, ignore_mismatched_sizes=True
+    ).eval()
     save_task(trained, "three", tmp_path / "three.task")
-    again, metadata = directory.load_with_task(str(tmp_path / "base"), tmp_path / "three.task", 3)  # a directory may have a head for two labels
+    # a directory may have a head for two labels
+    again, metadata = directory.load_with_task(str(tmp_path / "base"), tmp_path / "three.task", 3)
     ids = torch.randint(3, 50, (2, 5))
-    assert metadata["name"] == "three" and torch.equal(again.eval()(input_ids=ids).logits, trained(input_ids=ids).logits)
+    assert metadata["name"] == "three" and torch.equal(
+        again.eval()(input_ids=ids).logits, trained(input_ids=ids).logits
+    )
     directory.merge_directory(str(tmp_path / "base"), None, tmp_path / "merged")
     assert AutoConfig.from_pretrained(tmp_path / "merged").architectures == [saved_as.__name__]

@@ -10,7 +10,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, BertForSequenceClassification, GPT2LMHeadModel, T5EncoderModel, T5ForConditionalGeneration, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    BertForSequenceClassification,
+    GPT2LMHeadModel,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.pytorch_utils import Conv1D
 
 from prequant_ext import PreQuantConfig, hf, ops
@@ -37,7 +45,7 @@ def drop_tensors(directory: Path, part: str) -> None:
     save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-# ---- 1: no plug-in discovery -------------------------------------------------------------------------------------------------
+# ---- 1: no plug-in discovery -----------------------------------------------------------------------------------------
 
 OPEN_WITHOUT_US = """
 import sys, transformers
@@ -49,7 +57,9 @@ print("opened")
 
 def test_trap_1_a_checkpoint_opened_without_prequant_ext_fails_loudly(tmp_path):
     quantized_toy("bert").save_pretrained(tmp_path)
-    run = subprocess.run([sys.executable, "-c", OPEN_WITHOUT_US, tmp_path], capture_output=True, text=True, cwd=tmp_path, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", OPEN_WITHOUT_US, tmp_path], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert run.returncode != 0 and "opened" not in run.stdout
     assert "mismatch" in run.stderr and "RuntimeError" in run.stderr
 
@@ -73,22 +83,34 @@ def test_trap_1_saved_keys_are_the_float_names_with_nothing_leaked(tmp_path):
 
 
 def test_trap_1_the_renaming_is_anchored():
-    """A float module further down that is called like a quantized one keeps its key, and so do the tensors beside the weight."""
+    """A float module further down that is called like a quantized one keeps its key, and so do the tensors beside the
+    weight.
+    """
     (renaming,) = hf.PackedRenaming.of(quantized_toy("bert"))
     name = "encoder.layer.0.output.dense"
     for start in ("", "bert."):  # a base model's checkpoint, and a task model's
         assert renaming.rename_source_key(f"{start}{name}.weight")[0] == f"{start}{name}.weight_packed"
-        assert renaming.reverse_transform().rename_source_key(f"{start}{name}.weight_packed")[0] == f"{start}{name}.weight"
-    for kept in (f"extra.{name}.weight", f"bert.{name}.weight_scale", f"bert.{name}.bias", "bert.encoder.layer.0.output.LayerNorm.weight", "classifier.weight"):
+        assert (
+            renaming.reverse_transform().rename_source_key(f"{start}{name}.weight_packed")[0] == f"{start}{name}.weight"
+        )
+    for kept in (
+        f"extra.{name}.weight",
+        f"bert.{name}.weight_scale",
+        f"bert.{name}.bias",
+        "bert.encoder.layer.0.output.LayerNorm.weight",
+        "classifier.weight",
+    ):
         assert renaming.rename_source_key(kept)[0] == kept
 
 
-# ---- 2: what the packed tensor is called -------------------------------------------------------------------------------------
+# ---- 2: what the packed tensor is called -----------------------------------------------------------------------------
 
 
 def test_trap_2_the_layers_are_no_nn_linear_and_have_no_parameter_called_weight_or_qweight():
     for name in ("bert", "gpt2"):
-        layers = [module for module in quantized_toy(name).modules() if isinstance(module, PreQuantLinear | PreQuantEmbedding)]
+        layers = [
+            module for module in quantized_toy(name).modules() if isinstance(module, PreQuantLinear | PreQuantEmbedding)
+        ]
         assert layers
         for layer in layers:
             assert not isinstance(layer, nn.Linear | nn.Embedding | Conv1D)
@@ -99,7 +121,10 @@ def test_trap_2_the_layers_are_no_nn_linear_and_have_no_parameter_called_weight_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_trap_2_weight_is_a_probe_of_the_right_shape_dtype_and_device(dtype):
     model = quantized_toy("bert").to(dtype)
-    for layer, shape in ((model.bert.encoder.layer[0].intermediate.dense, (64, 32)), (model.bert.embeddings.word_embeddings, (99, 32))):
+    for layer, shape in (
+        (model.bert.encoder.layer[0].intermediate.dense, (64, 32)),
+        (model.bert.embeddings.word_embeddings, (99, 32)),
+    ):
         probe = layer.weight
         assert probe.shape == shape and probe.dtype == dtype and probe.device == layer.weight_scale.device
         assert probe.stride() == (0, 0) and probe.isnan().all() and probe.untyped_storage().nbytes() <= 8
@@ -112,7 +137,7 @@ def test_trap_2_t5_does_not_cast_its_activations_to_the_codes_dtype():
     torch.testing.assert_close(toy_output(merge(model)), before, rtol=1e-4, atol=1e-4)
 
 
-# ---- 3: heads ----------------------------------------------------------------------------------------------------------------
+# ---- 3: heads --------------------------------------------------------------------------------------------------------
 
 
 def test_trap_3_a_head_with_a_bias_is_not_quantized(tmp_path):
@@ -127,11 +152,14 @@ def test_trap_3_modules_to_not_convert_is_honoured_and_travels(tmp_path):
     streamed = model_class.from_pretrained(tmp_path / "float", quantization_config=config)
     streamed.save_pretrained(tmp_path / "quantized")
     for model in (streamed, model_class.from_pretrained(tmp_path / "quantized")):
-        assert type(model.bert.encoder.layer[0].attention.self.query) is nn.Linear and type(model.bert.embeddings.word_embeddings) is nn.Embedding
+        assert (
+            type(model.bert.encoder.layer[0].attention.self.query) is nn.Linear
+            and type(model.bert.embeddings.word_embeddings) is nn.Embedding
+        )
         assert isinstance(model.bert.encoder.layer[1].attention.self.query, PreQuantLinear)
 
 
-# ---- 4: T5's wo, tied weights ------------------------------------------------------------------------------------------------
+# ---- 4: T5's wo, tied weights ----------------------------------------------------------------------------------------
 
 
 def test_trap_4_wo_is_quantized_though_transformers_keeps_it_in_float32(tmp_path):
@@ -143,7 +171,8 @@ def test_trap_4_wo_is_quantized_though_transformers_keeps_it_in_float32(tmp_path
         for block in [*model.encoder.block, *model.decoder.block]:
             dense = block.layer[-1].DenseReluDense
             assert isinstance(dense.wo, PreQuantLinear) and isinstance(dense.wi, PreQuantLinear)
-            assert (dense.wi.weight.dtype, dense.wo.weight.dtype) == (torch.float16, torch.float32)  # as in the float model
+            # as in the float model
+            assert (dense.wi.weight.dtype, dense.wo.weight.dtype) == (torch.float16, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "t5"])
@@ -156,13 +185,18 @@ def test_trap_4_tied_tables_and_language_model_heads_stay_float_and_tied(name, t
         assert (model.lm_head.weight is model.get_input_embeddings().weight) == model.config.tie_word_embeddings
 
 
-# ---- 5: layers that the checkpoint lacks -----------------------------------------------------------------------------------------
+# ---- 5: layers that the checkpoint lacks -----------------------------------------------------------------------------
 
 ABSENT = {  # toy, module, its kind in float, a module of the same layer that is there
     "linear": ("bert", "bert.encoder.layer.1.output.dense", nn.Linear, "bert.encoder.layer.1.intermediate.dense"),
     "table": ("bert", "bert.embeddings.token_type_embeddings", nn.Embedding, "bert.embeddings.word_embeddings"),
     "conv1d": ("gpt2", "transformer.h.1.mlp.c_fc", Conv1D, "transformer.h.1.mlp.c_proj"),
-    "t5": ("t5 encoder", "encoder.block.1.layer.0.SelfAttention.q", nn.Linear, "encoder.block.1.layer.0.SelfAttention.k"),
+    "t5": (
+        "t5 encoder",
+        "encoder.block.1.layer.0.SelfAttention.q",
+        nn.Linear,
+        "encoder.block.1.layer.0.SelfAttention.k",
+    ),
 }
 
 
@@ -171,7 +205,9 @@ def test_trap_5_a_layer_absent_from_a_float_checkpoint_is_fresh_and_recorded(toy
     model_class = save_toy(toy, tmp_path / "float")
     complete = model_class.from_pretrained(tmp_path / "float", quantization_config=CONFIG)
     drop_tensors(tmp_path / "float", f"{name}.")
-    with pytest.warns(PreQuantWarning, match=f"absent from the checkpoint, now freshly initialised float layers: {name}"):
+    with pytest.warns(
+        PreQuantWarning, match=f"absent from the checkpoint, now freshly initialised float layers: {name}"
+    ):
         model = model_class.from_pretrained(tmp_path / "float", quantization_config=CONFIG)
     fresh = model.get_submodule(name)
     assert type(fresh) is kind and fresh.weight.isfinite().all() and 0 < fresh.weight.std() < 2
@@ -190,7 +226,11 @@ def test_trap_5_a_layer_absent_from_a_float_checkpoint_is_fresh_and_recorded(toy
 def test_trap_5_a_checkpoint_of_another_model_is_an_error(tmp_path):
     model_class = save_toy("bert", tmp_path)
     drop_tensors(tmp_path, "encoder.layer.")
-    with pytest.raises(ValueError, match=r"has none of the weights that BertForSequenceClassification would quantize, such as bert\.encoder\.layer\.0"):
+    with pytest.raises(
+        ValueError,
+        match=r"has none of the weights that BertForSequenceClassification would quantize, such as "
+        r"bert\.encoder\.layer\.0",
+    ):
         model_class.from_pretrained(tmp_path, quantization_config=CONFIG)
 
 
@@ -198,7 +238,9 @@ def test_trap_5_a_layer_absent_from_a_quantized_checkpoint_is_an_error(tmp_path)
     model = quantized_toy("bert")
     model.save_pretrained(tmp_path)
     drop_tensors(tmp_path, "encoder.layer.1.output.dense.")
-    with pytest.raises(ValueError, match=r"the quantized checkpoint has no bert\.encoder\.layer\.1\.output\.dense\.weight"):
+    with pytest.raises(
+        ValueError, match=r"the quantized checkpoint has no bert\.encoder\.layer\.1\.output\.dense\.weight"
+    ):
         type(model).from_pretrained(tmp_path)
 
 
@@ -206,26 +248,32 @@ def test_trap_5_a_quantized_encoder_does_not_pass_for_an_encoder_and_decoder(tmp
     model = make_toy("t5 encoder")
     quantize_model(model, CONFIG)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"the quantized checkpoint has no decoder\.block\.0.* which T5ForConditionalGeneration needs"):
+    with pytest.raises(
+        ValueError, match=r"the quantized checkpoint has no decoder\.block\.0.* which T5ForConditionalGeneration needs"
+    ):
         T5ForConditionalGeneration.from_pretrained(tmp_path)
 
 
-# ---- 6: what trains ------------------------------------------------------------------------------------------------------------
+# ---- 6: what trains --------------------------------------------------------------------------------------------------
 
 
 def test_trap_6_everything_but_outlier_weights_and_head_is_frozen_after_loading(tmp_path):
     quantized_toy("bert").save_pretrained(tmp_path)
     model = BertForSequenceClassification.from_pretrained(tmp_path)
     frozen = {name.rpartition(".")[2] for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert frozen == {"weight_packed", "weight_scale", "weight_zero_point", "outlier_dims", "bias", "weight"}  # the last of LayerNorms
-    assert all(parameter.requires_grad for name, parameter in model.named_parameters() if name.endswith("outlier_weight"))
+    # the last of LayerNorms
+    assert frozen == {"weight_packed", "weight_scale", "weight_zero_point", "outlier_dims", "bias", "weight"}
+    assert all(
+        parameter.requires_grad for name, parameter in model.named_parameters() if name.endswith("outlier_weight")
+    )
 
 
 def test_trap_6_trainer_takes_the_model(tmp_path):
     quantized_toy("bert").save_pretrained(tmp_path)
     model = BertForSequenceClassification.from_pretrained(tmp_path)
     assert model.hf_quantizer.is_qat_trainable and model.hf_quantizer.is_trainable
-    Trainer(model, TrainingArguments(tmp_path / "run", report_to=[], use_cpu=True))  # refuses a quantized model that cannot be trained
+    # refuses a quantized model that cannot be trained
+    Trainer(model, TrainingArguments(tmp_path / "run", report_to=[], use_cpu=True))
 
 
 def test_trap_6_nothing_to_train_is_an_error_but_loads(tmp_path):
@@ -238,7 +286,7 @@ def test_trap_6_nothing_to_train_is_an_error_but_loads(tmp_path):
         trainable_parameters(loaded)
 
 
-# ---- 7: .to(bfloat16) ----------------------------------------------------------------------------------------------------------
+# ---- 7: .to(bfloat16) ------------------------------------------------------------------------------------------------
 
 
 def test_trap_7_forward_follows_x_and_masters_stay_float32():
@@ -251,7 +299,7 @@ def test_trap_7_forward_follows_x_and_masters_stay_float32():
     assert layer(torch.randn(2, 64, dtype=torch.float32)).dtype == torch.float32
 
 
-# ---- 8: the base is made in the checkpoint's own dtype ---------------------------------------------------------------------------
+# ---- 8: the base is made in the checkpoint's own dtype ---------------------------------------------------------------
 
 
 def test_trap_8_rounding_the_checkpoint_before_quantizing_warns(tmp_path, monkeypatch):
@@ -259,7 +307,9 @@ def test_trap_8_rounding_the_checkpoint_before_quantizing_warns(tmp_path, monkey
     with pytest.warns(PreQuantWarning, match=r"dtype=torch\.bfloat16 rounds the checkpoint's torch\.float32 weights"):
         rounded = model_class.from_pretrained(tmp_path, quantization_config=CONFIG, dtype=torch.bfloat16)
     own = model_class.from_pretrained(tmp_path, quantization_config=CONFIG)
-    assert not torch.equal(rounded.bert.encoder.layer[0].output.dense.weight_packed, own.bert.encoder.layer[0].output.dense.weight_packed)
+    assert not torch.equal(
+        rounded.bert.encoder.layer[0].output.dense.weight_packed, own.bert.encoder.layer[0].output.dense.weight_packed
+    )
     monkeypatch.setenv("PREQUANT_STRICT", "1")
     with pytest.raises(PreQuantWarning, match="rounds the checkpoint's"):
         model_class.from_pretrained(tmp_path, quantization_config=CONFIG, dtype=torch.bfloat16)
@@ -272,11 +322,13 @@ def test_trap_8_a_dtype_that_holds_the_checkpoints_values_makes_the_same_base(lo
     own = model_class.from_pretrained(tmp_path)
     quantize_model(own, CONFIG)
     ours = own.bert.encoder.layer[0].output.dense, model.bert.encoder.layer[0].output.dense
-    assert torch.equal(ours[0].weight_packed, ours[1].weight_packed) and torch.equal(ours[0].outlier_weight, ours[1].outlier_weight)
+    assert torch.equal(ours[0].weight_packed, ours[1].weight_packed) and torch.equal(
+        ours[0].outlier_weight, ours[1].outlier_weight
+    )
     assert not [warning for warning in recwarn if issubclass(warning.category, PreQuantWarning)]
 
 
-# ---- 9: another config on reload ---------------------------------------------------------------------------------------------------
+# ---- 9: another config on reload -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -296,7 +348,7 @@ def test_trap_9_a_config_that_contradicts_the_file_is_an_error(asked, message, t
     BertForSequenceClassification.from_pretrained(tmp_path, quantization_config=CONFIG)
 
 
-# ---- 11: parameters, not buffers; no writes in forward ---------------------------------------------------------------------------------
+# ---- 11: parameters, not buffers; no writes in forward ---------------------------------------------------------------
 
 
 def test_trap_11_codes_scales_and_indices_are_frozen_parameters():
@@ -321,7 +373,7 @@ def test_trap_11_forward_writes_no_attribute(monkeypatch):
     assert written == []
 
 
-# ---- 13: no silent fallback ------------------------------------------------------------------------------------------------------------
+# ---- 13: no silent fallback ------------------------------------------------------------------------------------------
 
 
 class PretendedCuda(torch.Tensor):
@@ -342,8 +394,13 @@ def test_trap_13_a_missing_kernel_names_the_operator_the_device_and_the_rebuild_
         monkeypatch.setattr(ops, "_prequant", request.getfixturevalue("emulated_library"))
     message = r"prequant::scatter_outlier_ has no kernel for cuda.*PREQUANT_CUDA=1 pip install"
     with pytest.raises(RuntimeError, match=message), torch._C._DisableTorchDispatch():
-        dense, dims, values = PretendedCuda(4, 6, dtype=torch.float32), PretendedCuda(2, dtype=torch.int64), PretendedCuda(4, 2, dtype=torch.float32)
-        ops.scatter_outlier_(dense, dims, values, 1, False)  # the operator that allocates nothing, which no pretended tensor could
+        dense, dims, values = (
+            PretendedCuda(4, 6, dtype=torch.float32),
+            PretendedCuda(2, dtype=torch.int64),
+            PretendedCuda(4, 2, dtype=torch.float32),
+        )
+        # the operator that allocates nothing, which no pretended tensor could
+        ops.scatter_outlier_(dense, dims, values, 1, False)
 
 
 def test_trap_13_strict_turns_warnings_into_errors(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
-"""Every instruction-set level of the CPU kernels passes the operators' tests and makes the same integers, whichever this CPU has.
+"""Every instruction-set level of the CPU kernels passes the operators' tests and makes the same integers, whichever
+this CPU has.
 
-Levels that it has run through PREQUANT_ISA, the others in the libraries of cpu_variants.py. Each runs in a process of its own.
+Levels that it has run through PREQUANT_ISA, the others in the libraries of cpu_variants.py. Each runs in a process of
+its own.
 """
 
 import json
@@ -21,8 +23,9 @@ OPERATORS = [op for op in ops.FAKES if (TESTS / f"test_{op}.py").exists()]
 EMULATED_LEVELS = [variant for variant, chosen in cpu_variants.VARIANTS.items() if not chosen.is_sanitized]
 SANITIZED = [variant for variant, chosen in cpu_variants.VARIANTS.items() if chosen.is_sanitized]
 
-# Of these runs the whole suite would take minutes more and show nothing new. avxvnni is avx2 but for its integer products. The sanitizers take four times as
-# long: they leave out named layers where test_every_edge compares the same way on smaller shapes.
+# Of these runs the whole suite would take minutes more and show nothing new. avxvnni is avx2 but for its integer
+# products. The sanitizers take four times as long: they leave out named layers where test_every_edge compares the same
+# way on smaller shapes.
 PRODUCTS = ["linear_w4a16", "linear_w4a8", "linear_dx", "scale_grad"]
 SOME_OPERATORS = {"avxvnni": PRODUCTS}
 SANITIZED_TESTS = "not as_accurate and not integer_part and not gradients and not same_bits"
@@ -35,7 +38,9 @@ def level_in_use() -> str:
 def environment_of(level: str) -> dict[str, str]:
     """Where the level runs on this machine, its own instructions if they are there. Skips the test where it cannot."""
     if level in cpu_variants.real_levels():
-        return {name: value for name, value in os.environ.items() if name != "PREQUANT_CPU_VARIANT"} | {"PREQUANT_ISA": level}
+        return {name: value for name, value in os.environ.items() if name != "PREQUANT_CPU_VARIANT"} | {
+            "PREQUANT_ISA": level
+        }
     if level not in cpu_variants.VARIANTS:
         pytest.skip(f"this CPU lacks the level {level}, which no library emulates")
     return environment_of_variant(level)
@@ -49,13 +54,25 @@ def environment_of_variant(variant: str) -> dict[str, str]:
 
 
 def run_operator_tests(subject: str, environment: dict[str, str], wanted: str = "cpu", *more: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"({wanted}) and cpu and not emulated and not cuda", *more]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        f"({wanted}) and cpu and not emulated and not cuda",
+        *more,
+    ]
     tests = [str(TESTS / f"test_{op}.py") for op in SOME_OPERATORS.get(subject, OPERATORS)]
     done = subprocess.run([*command, *tests], env=environment, capture_output=True, text=True, cwd=ROOT)
     passed = re.search(r"(\d+) passed", done.stdout)
     assert done.returncode == 0 and passed, f"exit {done.returncode}\n{done.stdout[-5000:]}{done.stderr[-8000:]}"
     assert int(passed[1]) > 200, done.stdout[-1000:]
-    print("\n".join(line for line in done.stdout.splitlines() if " skipped" in line or " passed" in line))  # of what was left out, pytest -rP tells
+    # of what was left out, pytest -rP tells
+    print("\n".join(line for line in done.stdout.splitlines() if " skipped" in line or " passed" in line))
 
 
 @pytest.mark.slow
@@ -69,7 +86,8 @@ def test_it_passes_the_operator_tests(level):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", SANITIZED)
 def test_the_sanitizers_find_nothing(variant):
-    run_operator_tests(variant, environment_of_variant(variant), SANITIZED_TESTS, "-s")  # a report that ends the process is not lost in pytest's capture
+    # a report that ends the process is not lost in pytest's capture
+    run_operator_tests(variant, environment_of_variant(variant), SANITIZED_TESTS, "-s")
 
 
 @pytest.mark.parametrize("variant", EMULATED_LEVELS)
@@ -86,7 +104,9 @@ def test_an_emulated_library_has_its_level_alone(variant, monkeypatch):
 
 def integers(environment: dict[str, str]) -> dict[str, str]:
     environment = environment | {"PYTHONPATH": str(ROOT / "python_tests")}
-    done = subprocess.run([sys.executable, "-m", "support.integer_bits"], env=environment, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "support.integer_bits"], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -108,7 +128,9 @@ def test_every_level_makes_the_same_integers(level, portable_integers):
 @pytest.mark.parametrize("variant", EMULATED_LEVELS)
 def test_the_emulated_level_makes_the_integers_of_the_real_one(variant, portable_integers):
     if variant not in cpu_variants.real_levels():
-        pytest.skip(f"this CPU lacks {variant}: test_every_level_makes_the_same_integers has taken the emulated library")
+        pytest.skip(
+            f"this CPU lacks {variant}: test_every_level_makes_the_same_integers has taken the emulated library"
+        )
     found = integers(environment_of_variant(variant))
     assert found.pop("level").startswith(f"isa={variant};")
     assert found == {name: value for name, value in portable_integers.items() if name != "level"}

@@ -12,7 +12,9 @@ from support.operands import LAYERS, Layer, assert_identical, random_weight
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
 def test_identical_to_reference(layer, dtype, device):
     weight = random_weight(layer, device)
-    assert_identical(ops.dequantize(*weight, layer.K, layer.bits, dtype), reference.dequantize(*weight, layer.K, layer.bits, dtype))
+    assert_identical(
+        ops.dequantize(*weight, layer.K, layer.bits, dtype), reference.dequantize(*weight, layer.K, layer.bits, dtype)
+    )
 
 
 def test_row_range(device):
@@ -23,7 +25,7 @@ def test_row_range(device):
         assert_identical(ops.dequantize(*weight, layer.K, layer.bits, torch.float32, begin, end), whole[begin:end])
 
 
-# ---- of a prepacked weight: what operators do before torch's own product ----------------------------------------------------------------------
+# ---- of a prepacked weight: what operators do before torch's own product ---------------------------------------------
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of Dtype in kernels.h
 GUARD, FILL = 64, 0xA5  # bytes around the result that no kernel may touch
@@ -55,7 +57,9 @@ def dequantize_chunks(layer: Layer, weight, begin: int, end: int, dtype: torch.d
     shape = (layer.N, layer.K, *scale.shape, reference.container_bits(layer.bits))
     addresses = [tensor.data_ptr() for tensor in (chunks, scale, zero_point)]
     emulated_kernels().dequantize_chunks(*addresses, *shape, begin, end - begin, DTYPES.index(dtype), dense.data_ptr())
-    assert (buffer[: GUARD + offset] == FILL).all() and (buffer[GUARD + offset + size :] == FILL).all(), "wrote outside its result"
+    assert (buffer[: GUARD + offset] == FILL).all() and (buffer[GUARD + offset + size :] == FILL).all(), (
+        "wrote outside its result"
+    )
     return dense
 
 
@@ -64,7 +68,12 @@ def dequantize_chunks(layer: Layer, weight, begin: int, end: int, dtype: torch.d
 def test_chunks_identical_to_reference(layer, dtype):
     weight = random_weight(layer, "cpu")
     whole = reference.dequantize(*weight, layer.K, layer.bits, dtype)
-    for begin, end in {(0, layer.N), (layer.N // 3, layer.N), (0, layer.N - layer.N // 4), (layer.N // 2, layer.N // 2)}:
+    for begin, end in {
+        (0, layer.N),
+        (layer.N // 3, layer.N),
+        (0, layer.N - layer.N // 4),
+        (layer.N // 2, layer.N // 2),
+    }:
         assert_identical(dequantize_chunks(layer, weight, begin, end, dtype), whole[begin:end])
 
 

@@ -21,7 +21,10 @@ def test_identical_to_reference(shape, dtype, per_row, device):
     codes, scale, zero_point = table(*shape, per_row, device)
     ids = torch.randint(0, shape[0], (77,), generator=torch.Generator().manual_seed(0)).to(device)
     for some in (ids, ids[:0]):
-        assert_identical(ops.embedding(some, codes, scale, zero_point, dtype), reference.embedding(some, codes, scale, zero_point, dtype))
+        assert_identical(
+            ops.embedding(some, codes, scale, zero_point, dtype),
+            reference.embedding(some, codes, scale, zero_point, dtype),
+        )
 
 
 @pytest.mark.parametrize("per_row", [True, False], ids=["row", "tensor"])
@@ -67,7 +70,9 @@ def test_rejects(device):
 
 @pytest.mark.parametrize("config", [PreQuantConfig(), PreQuantConfig.paper()], ids=["row", "tensor"])
 def test_layer_is_within_a_step_and_a_half_of_the_float_table(config, device):
-    """The top of the range is 256 steps above its bottom, one more than codes reach; rounding the zero point may cost half a step more."""
+    """The top of the range is 256 steps above its bottom, one more than codes reach; rounding the zero point may cost
+    half a step more.
+    """
     embedding = nn.Embedding(40, 12, padding_idx=3).to(device)
     layer = PreQuantEmbedding.from_embedding(embedding, config)
     ids = torch.tensor([[0, 3], [39, 7]], device=device)

@@ -21,7 +21,8 @@ from support.operands import (
 )
 
 COVERING = covering((F16, BF16))
-# Layers that the emulated GPU, of 108 multiprocessors, makes in other ways than those above: each is here for a branch of csrc/cuda/dispatch.h.
+# Layers that the emulated GPU, of 108 multiprocessors, makes in other ways than those above: each is here for a branch
+# of csrc/cuda/dispatch.h.
 LARGE = {
     "reduction cut in parts, 16 tokens": Layer(13, 40, 1224, r=17, axis=0, dtype=F16),
     "reduction cut in parts, 64 tokens": Layer(70, 34, 1032, blocks="row", dtype=BF16),
@@ -37,7 +38,9 @@ def test_as_accurate_as_torch(layer, device):
     grad_y = random_matrix(layer.M, layer.N, layer.dtype, device)
     weight, outliers = random_weight(layer, device), random_outliers(layer, device)
     rest = (*weight, *outliers, layer.K, layer.bits, layer.axis)
-    dense = reference.scatter_outlier_(reference.dequantize(*weight, layer.K, layer.bits, torch.float32), *outliers, layer.axis, True)
+    dense = reference.scatter_outlier_(
+        reference.dequantize(*weight, layer.K, layer.bits, torch.float32), *outliers, layer.axis, True
+    )
     dx = ops.linear_dx(grad_y, *rest)
     assert dx.dtype == layer.dtype
     assert_as_accurate(dx, grad_y @ dense.to(layer.dtype), reference.linear_dx(grad_y.double(), *rest))
@@ -58,7 +61,9 @@ BLOCKS = covering((F32,), M=(1, 2, 5, 9, 40))
 
 @pytest.mark.parametrize("layer", BLOCKS.values(), ids=BLOCKS.keys())
 def test_blocks_of_int16_stay_within_their_bound(layer, device):
-    """in_float32=False: the CPU rounds grad_y, times its columns' scales where rows have their own, in blocks; groups stay in float32."""
+    """in_float32=False: the CPU rounds grad_y, times its columns' scales where rows have their own, in blocks; groups
+    stay in float32.
+    """
     grad_y = uneven_matrix(layer.M, layer.N, layer.dtype, device)
     weight, outliers = random_weight(layer, device), random_outliers(layer, device)
     rest = (*weight, *outliers, layer.K, layer.bits, layer.axis)

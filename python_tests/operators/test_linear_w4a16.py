@@ -21,7 +21,8 @@ from support.operands import (
 )
 
 COVERING = covering((F16, BF16))
-# Layers that the emulated GPU, of 108 multiprocessors, makes in other ways than those above: each is here for a branch of csrc/cuda/dispatch.h.
+# Layers that the emulated GPU, of 108 multiprocessors, makes in other ways than those above: each is here for a branch
+# of csrc/cuda/dispatch.h.
 LARGE = {
     "reduction cut in parts, 16 tokens": Layer(13, 1224, 40, r=17, dtype=F16),
     "reduction cut in parts, 64 tokens": Layer(70, 1032, 34, axis=0, blocks="row", dtype=BF16),
@@ -33,7 +34,8 @@ LARGE = {
     "large weight, tiles of 64 tokens": Layer(20, 512, 2056, blocks="row", dtype=F16),
     "513 tokens go the dense way": Layer(513, 64, 24, dtype=F16),
 }
-# At most 3 tokens of what tensor cores do not multiply: float32, and 16-bit floats whose groups end inside a chunk (bfloat16 on sm_75: below).
+# At most 3 tokens of what tensor cores do not multiply: float32, and 16-bit floats whose groups end inside a chunk
+# (bfloat16 on sm_75: below).
 SIMT = covering((F32,), M=(1, 2, 3), K=(24, 65, 128, 320), N=(8, 17, 33)) | {
     "simt, 3 tokens, columns in slabs": Layer(3, 4160, 17),
     "simt, one token, reduction cut in parts": Layer(1, 4616, 40, axis=0, blocks="row"),
@@ -46,7 +48,10 @@ SIMT = covering((F32,), M=(1, 2, 3), K=(24, 65, 128, 320), N=(8, 17, 33)) | {
 
 
 def operands(layer: Layer, device: str):
-    x, bias = random_matrix(layer.M, layer.K, layer.dtype, device), random_matrix(1, layer.N, layer.dtype, device, seed=3)[0]
+    x, bias = (
+        random_matrix(layer.M, layer.K, layer.dtype, device),
+        random_matrix(1, layer.N, layer.dtype, device, seed=3)[0],
+    )
     return x, (*random_weight(layer, device), *random_outliers(layer, device), bias, layer.bits, layer.axis)
 
 
@@ -67,7 +72,8 @@ def test_as_accurate_as_torch(layer, device):
 
 @pytest.mark.parametrize("layer", COVERING.values(), ids=COVERING.keys())
 def test_every_edge(layer, device, monkeypatch):
-    monkeypatch.setenv("PREQUANT_EMULATED_MULTIPROCESSORS", "1" if layer.N % 2 else "108")  # blocks of 32 rows where tokens are few; of 16
+    # blocks of 32 rows where tokens are few; of 16
+    monkeypatch.setenv("PREQUANT_EMULATED_MULTIPROCESSORS", "1" if layer.N % 2 else "108")
     test_as_accurate_as_torch(layer, device)
 
 
@@ -160,15 +166,26 @@ def test_large_values_are_scaled_before_they_are_rounded(M, device):
     """A sum beyond float16's range, times a small scale: in range."""
     layer = Layer(M, 256, 32, r=0, dtype=F16)
     x, rest = torch.full((M, layer.K), 1000.0, dtype=F16, device=device), operands(layer, device)[1]
-    rest = (reference.pack(torch.full((layer.N, layer.K), 15, dtype=torch.uint8), 4).to(device), rest[1] * 0 + 1e-3, rest[2] * 0, *rest[3:5], None, *rest[6:])
-    assert_as_accurate(ops.linear_w4a16(x, *rest), reference.linear_w4a16(x, *rest), reference.linear_w4a16(x.double(), *rest))
+    rest = (
+        reference.pack(torch.full((layer.N, layer.K), 15, dtype=torch.uint8), 4).to(device),
+        rest[1] * 0 + 1e-3,
+        rest[2] * 0,
+        *rest[3:5],
+        None,
+        *rest[6:],
+    )
+    assert_as_accurate(
+        ops.linear_w4a16(x, *rest), reference.linear_w4a16(x, *rest), reference.linear_w4a16(x.double(), *rest)
+    )
 
 
 def test_non_contiguous_x_and_no_bias(device):
     layer = LAYERS["odd K"]
     x, rest = operands(layer, device)
     x, rest = x.T.contiguous().T, (*rest[:5], None, *rest[6:])
-    assert_as_accurate(ops.linear_w4a16(x, *rest), reference.linear_w4a16(x, *rest), reference.linear_w4a16(x.double(), *rest))
+    assert_as_accurate(
+        ops.linear_w4a16(x, *rest), reference.linear_w4a16(x, *rest), reference.linear_w4a16(x.double(), *rest)
+    )
 
 
 @pytest.mark.parametrize("name", ["off every tile", "groups, output axis", "minilm query", "bfloat16"])

@@ -6,7 +6,19 @@ import pytest
 import torch
 
 from prequant_ext import ops, reference
-from support.operands import BF16, F16, F32, LAYERS, Layer, assert_as_accurate, assert_identical, covering, random_matrix, random_outliers, random_weight
+from support.operands import (
+    BF16,
+    F16,
+    F32,
+    LAYERS,
+    Layer,
+    assert_as_accurate,
+    assert_identical,
+    covering,
+    random_matrix,
+    random_outliers,
+    random_weight,
+)
 
 # Blocks take 7, 15, 31, 64 or 128 tokens, 16 to 128 rows of the weight, and stages of 128 to 2048 columns.
 COVERING = covering(
@@ -16,7 +28,8 @@ COVERING = covering(
     N=(8, 17, 64, 129, 136),
     bits=(4, 4, 2, 8),
 )
-# Ways of making a product that the shapes above are too small for, or too regular: each is here for a branch of csrc/cuda/linear_w4a8.cu.
+# Ways of making a product that the shapes above are too small for, or too regular: each is here for a branch of
+# csrc/cuda/linear_w4a8.cu.
 LARGE = {
     "several stages, 7 tokens": Layer(5, 4200, 24, blocks="row"),
     "pieces, 7 tokens": Layer(6, 2128, 20),
@@ -38,7 +51,10 @@ LARGE = {
 
 
 def operands(layer: Layer, device: str, per_token: bool = True):
-    x, bias = random_matrix(layer.M, layer.K, layer.dtype, device), random_matrix(1, layer.N, torch.float32, device, seed=3)[0]
+    x, bias = (
+        random_matrix(layer.M, layer.K, layer.dtype, device),
+        random_matrix(1, layer.N, torch.float32, device, seed=3)[0],
+    )
     weight = random_weight(layer, device)
     G = weight[1].shape[1]
     activations = reference.quantize_activations(x, per_token, layer.K // G if G > 1 else 0)
@@ -51,11 +67,15 @@ def test_as_accurate_as_torch(layer, per_token, device):
     x, activations, rest = operands(layer, device, per_token)
     y = ops.linear_w4a8(x, *activations, *rest)
     assert y.dtype == layer.dtype
-    assert_as_accurate(y, reference.linear_w4a8(x, *activations, *rest), reference.linear_w4a8(x.double(), *activations, *rest))
+    assert_as_accurate(
+        y, reference.linear_w4a8(x, *activations, *rest), reference.linear_w4a8(x.double(), *activations, *rest)
+    )
 
 
 @pytest.mark.parametrize(
-    "layer", [layer for layer in LAYERS.values() if layer.dtype == torch.float32], ids=[k for k, v in LAYERS.items() if v.dtype == torch.float32]
+    "layer",
+    [layer for layer in LAYERS.values() if layer.dtype == torch.float32],
+    ids=[k for k, v in LAYERS.items() if v.dtype == torch.float32],
 )
 def test_integer_part_is_exact(layer, device):
     """Without outliers and bias nothing is left but the integer sums and their scales: every bit agrees."""
@@ -104,7 +124,9 @@ def test_a_scale_of_nan_is_its_token_alone(M, axis, device):
 @pytest.mark.parametrize("w_code", [0, 255])
 @pytest.mark.parametrize("K", [4_096, 4_097, 32_768, 32_769, 33_025, 33_026, 140_000])
 def test_no_accumulator_overflows(K, w_code, x_code, device):
-    """All-extreme data just below and above a chunk (4,096), what the CPU adds up in int32 (32,768), INT32_MAX / 255^2 products (33,025), and far beyond."""
+    """All-extreme data just below and above a chunk (4,096), what the CPU adds up in int32 (32,768), INT32_MAX / 255^2
+    products (33,025), and far beyond.
+    """
     x_codes = torch.full((2, K), x_code, dtype=torch.uint8, device=device)
     x_zero = torch.full((2, 1), 255 - x_code, dtype=torch.uint8, device=device)
     x_scale = torch.full((2, 1), 2.0**-10, device=device)
@@ -114,7 +136,20 @@ def test_no_accumulator_overflows(K, w_code, x_code, device):
     none = torch.zeros(0, dtype=torch.int64, device=device)
     sums = x_codes.sum(1, keepdim=True, dtype=torch.int32)
     y = ops.linear_w4a8(
-        torch.zeros(2, K, device=device), x_codes, x_scale, x_zero, sums, packed, scale, zero_point, none, torch.zeros(3, 0, device=device), None, 8, 1, False
+        torch.zeros(2, K, device=device),
+        x_codes,
+        x_scale,
+        x_zero,
+        sums,
+        packed,
+        scale,
+        zero_point,
+        none,
+        torch.zeros(3, 0, device=device),
+        None,
+        8,
+        1,
+        False,
     )
     product = (2 * x_code - 255) * (2 * w_code - 255) * K
     assert_identical(y, torch.full((2, 3), product, dtype=torch.float64, device=device).float() * 2.0**-18)
@@ -125,13 +160,31 @@ def test_no_accumulator_overflows(K, w_code, x_code, device):
 @pytest.mark.parametrize("w_code", [0, 15])
 @pytest.mark.parametrize("K", [524_288, 524_304])
 def test_no_accumulator_of_4_bit_codes_overflows(K, w_code, x_code, M):
-    """All-extreme data at what the CPU multiplies as bytes (2^19) and one word beyond; 2 tokens go without a panel, 9 with one."""
+    """All-extreme data at what the CPU multiplies as bytes (2^19) and one word beyond; 2 tokens go without a panel, 9
+    with one.
+    """
     x_codes = torch.full((M, K), x_code, dtype=torch.uint8)
     x_zero, x_scale = torch.full((M, 1), 255 - x_code, dtype=torch.uint8), torch.full((M, 1), 2.0**-10)
-    packed, zero_point = torch.full((3, K // 2), 17 * w_code, dtype=torch.uint8), torch.full((1, 1), 15 - w_code, dtype=torch.uint8)
+    packed, zero_point = (
+        torch.full((3, K // 2), 17 * w_code, dtype=torch.uint8),
+        torch.full((1, 1), 15 - w_code, dtype=torch.uint8),
+    )
     none, sums = torch.zeros(0, dtype=torch.int64), x_codes.sum(1, keepdim=True, dtype=torch.int32)
     y = ops.linear_w4a8(
-        torch.zeros(M, K), x_codes, x_scale, x_zero, sums, packed, torch.full((1, 1), 2.0**-8), zero_point, none, torch.zeros(3, 0), None, 4, 1, False
+        torch.zeros(M, K),
+        x_codes,
+        x_scale,
+        x_zero,
+        sums,
+        packed,
+        torch.full((1, 1), 2.0**-8),
+        zero_point,
+        none,
+        torch.zeros(3, 0),
+        None,
+        4,
+        1,
+        False,
     )
     product = (2 * x_code - 255) * (2 * w_code - 15) * K
     assert_identical(y, torch.full((M, 3), product, dtype=torch.float64).float() * 2.0**-18)
@@ -147,13 +200,17 @@ def test_few_tokens_too_long_to_be_copied_at_once():
 
 @pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("raw_outliers", [False, True])
-@pytest.mark.parametrize("layer", [Layer(3, 130, 50), Layer(20, 256, 64, blocks="group"), Layer(6, 64, 40, dtype=BF16)], ids=str)
+@pytest.mark.parametrize(
+    "layer", [Layer(3, 130, 50), Layer(20, 256, 64, blocks="group"), Layer(6, 64, 40, dtype=BF16)], ids=str
+)
 def test_without_codes_x_is_quantized_by_the_operator(layer, raw_outliers, per_token, device):
     x, _, rest = operands(layer, device)
     rest = (*rest[:-1], raw_outliers)
     group_size = layer.K // rest[1].shape[1] if rest[1].shape[1] > 1 else 0
     activations = ops.quantize_activations(x, per_token, group_size, rest[3] if raw_outliers else None)
-    assert_identical(ops.linear_w4a8(x, None, None, None, None, *rest, None, per_token), ops.linear_w4a8(x, *activations, *rest))
+    assert_identical(
+        ops.linear_w4a8(x, None, None, None, None, *rest, None, per_token), ops.linear_w4a8(x, *activations, *rest)
+    )
 
 
 def test_codes_come_together_or_not_at_all(device):
@@ -220,7 +277,15 @@ def test_rejects(device):
         ops.linear_w4a8(x, codes, x_scale.expand(2, 1), x_zero_point, sums, *rest)
     with pytest.raises(RuntimeError, match="x has K = 66 but weight_packed packs 64"):
         ops.linear_w4a8(torch.zeros(1, 66, device=device), *activations, *rest)
-    output_axis = (*rest[:3], torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, 64, device=device), None, 4, 0, True)
+    output_axis = (
+        *rest[:3],
+        torch.zeros(0, dtype=torch.int64, device=device),
+        torch.zeros(0, 64, device=device),
+        None,
+        4,
+        0,
+        True,
+    )
     with pytest.raises(RuntimeError, match="raw_outliers multiplies input columns and needs axis = 1"):
         ops.linear_w4a8(x, *activations, *output_axis)
 
@@ -229,7 +294,9 @@ def test_rejects(device):
 @pytest.mark.parametrize("K", [1, 126, 127, 128, 129, 257, 1000])
 @pytest.mark.parametrize("M", range(1, 10))
 def test_few_tokens_are_exact(M, K, per_token, device):
-    """The CPU reads packed rows directly up to 8 tokens, in lines of 128 codes and 1 to 8 rows at a time: every count, and both sides of a line's end."""
+    """The CPU reads packed rows directly up to 8 tokens, in lines of 128 codes and 1 to 8 rows at a time: every count,
+    and both sides of a line's end.
+    """
     x, activations, rest = operands(Layer(M, K, 41, r=0, blocks="row"), device, per_token)
     rest = (*rest[:5], None, *rest[6:])
     assert_identical(ops.linear_w4a8(x, *activations, *rest), reference.linear_w4a8(x, *activations, *rest))

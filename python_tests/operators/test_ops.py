@@ -50,11 +50,15 @@ def sample(op: str, device: str):
 
 @pytest.mark.parametrize("op", ops.FAKES)
 def test_opcheck(op, device):
-    torch.library.opcheck(getattr(ops._prequant, op).default, sample(op, device))  # the library that the device fixture chose
+    # the library that the device fixture chose
+    torch.library.opcheck(getattr(ops._prequant, op).default, sample(op, device))
 
 
 # Large enough that eight threads get work from every kernel.
-MANY_TASKS = {"blocks": Layer(70, 2064, 600, blocks="group", group_size=48), "one block, output axis": Layer(70, 2061, 600, axis=0, dtype=torch.bfloat16)}
+MANY_TASKS = {
+    "blocks": Layer(70, 2064, 600, blocks="group", group_size=48),
+    "one block, output axis": Layer(70, 2061, 600, axis=0, dtype=torch.bfloat16),
+}
 
 
 @pytest.mark.parametrize("layer", MANY_TASKS.values(), ids=MANY_TASKS.keys())
@@ -70,16 +74,26 @@ def test_thread_count_changes_no_bit(op, layer, request):
         assert_same_bits(actual, expected)
 
 
-@pytest.mark.parametrize("op", [op for op in ops.FAKES if op not in ("pack", "unpack", "prepack", "unprepack", "weight_stats")])
+@pytest.mark.parametrize(
+    "op", [op for op in ops.FAKES if op not in ("pack", "unpack", "prepack", "unprepack", "weight_stats")]
+)
 def test_tensors_on_two_devices_are_refused(op, device):
     """Every tensor but the first on the meta device, as when half of a model was moved."""
     first, *rest = sample(op, device)
     moved = [argument.to("meta") if isinstance(argument, torch.Tensor) else argument for argument in rest]
-    with pytest.raises(RuntimeError, match=rf"{ops._prequant.name}::{op}: tensors must be on one device, got {device}.* and meta"):
+    with pytest.raises(
+        RuntimeError, match=rf"{ops._prequant.name}::{op}: tensors must be on one device, got {device}.* and meta"
+    ):
         getattr(ops, op)(first, *moved)
 
 
 def test_unknown_level_is_refused():
     script = "import prequant_ext.ops as ops, torch; ops.pack(torch.zeros(1, 2, dtype=torch.uint8), 4)"
-    failed = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PREQUANT_ISA": "sse9"}, capture_output=True, text=True, cwd=ROOT)
+    failed = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PREQUANT_ISA": "sse9"},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert failed.returncode != 0 and "PREQUANT_ISA" in failed.stderr and "sse9" in failed.stderr

@@ -13,7 +13,11 @@ from support.operands import assert_identical, random_matrix
 def test_identical_to_reference(shape, dtype, threshold, device):
     weight = random_matrix(*shape, dtype, device)
     mean, std, *_ = reference.weight_stats(weight, weight.numel())
-    for actual, expected in zip(ops.outlier_counts(weight, mean, std, threshold), reference.outlier_counts(weight, mean, std, threshold), strict=True):
+    for actual, expected in zip(
+        ops.outlier_counts(weight, mean, std, threshold),
+        reference.outlier_counts(weight, mean, std, threshold),
+        strict=True,
+    ):
         assert_identical(actual, expected)
 
 
@@ -23,17 +27,25 @@ def one(value, device):
 
 def from_cpu(weight, mean, std, threshold):
     """What the CPU kernel counts, on the device of the weight."""
-    return [result.to(weight.device) for result in torch.ops.prequant.outlier_counts(weight.cpu(), mean.cpu(), std.cpu(), threshold)]
+    return [
+        result.to(weight.device)
+        for result in torch.ops.prequant.outlier_counts(weight.cpu(), mean.cpu(), std.cpu(), threshold)
+    ]
 
 
-# Rows of a batch, of a band and of the next one; columns of a chunk (128 floats, 256 halves) and of the next one; no row of 16 bytes.
-@pytest.mark.parametrize("shape", [(7, 128), (8, 132), (9, 256), (31, 264), (32, 8), (33, 129), (64, 12), (65, 4), (1100, 16)], ids=str)
+# Rows of a batch, of a band and of the next one; columns of a chunk (128 floats, 256 halves) and of the next one; no
+# row of 16 bytes.
+@pytest.mark.parametrize(
+    "shape", [(7, 128), (8, 132), (9, 256), (31, 264), (32, 8), (33, 129), (64, 12), (65, 4), (1100, 16)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_every_edge_of_a_tile(shape, dtype, device):
     weight = random_matrix(*shape, dtype, device)
     weight[0, 0], weight[-1, -1], weight[0, -1], weight[-1, 0] = 9.0, -9.0, 8.0, -8.0
     arguments = (weight, one(0.01, device), one(0.97, device), 1.5)
-    for actual, expected, cpu in zip(ops.outlier_counts(*arguments), reference.outlier_counts(*arguments), from_cpu(*arguments), strict=True):
+    for actual, expected, cpu in zip(
+        ops.outlier_counts(*arguments), reference.outlier_counts(*arguments), from_cpu(*arguments), strict=True
+    ):
         assert_identical(actual, expected)
         assert_identical(actual, cpu)
 
@@ -73,15 +85,26 @@ def test_limit_itself_is_no_outlier(device):
 def test_counts_what_the_eye_counts(device):
     weight = torch.zeros(4, 5, device=device)
     weight[1, 2], weight[3, 2], weight[3, 0] = 10.0, -10.0, 7.0
-    mean, std = torch.zeros(1, 1, dtype=torch.float64, device=device), torch.ones(1, 1, dtype=torch.float64, device=device)
+    mean, std = (
+        torch.zeros(1, 1, dtype=torch.float64, device=device),
+        torch.ones(1, 1, dtype=torch.float64, device=device),
+    )
     column_counts, column_energy, row_counts, row_energy = ops.outlier_counts(weight, mean, std, 6.0)
     assert column_counts.tolist() == [1, 0, 2, 0, 0] and row_counts.tolist() == [0, 1, 0, 2]
-    assert column_energy.tolist() == [2**20, 0, 2 * 16 * 2**20, 0, 0] and row_energy.tolist() == [0, 16 * 2**20, 0, 17 * 2**20]
+    assert column_energy.tolist() == [2**20, 0, 2 * 16 * 2**20, 0, 0] and row_energy.tolist() == [
+        0,
+        16 * 2**20,
+        0,
+        17 * 2**20,
+    ]
 
 
 def test_energy_saturates_instead_of_wrapping(device):
     weight = torch.tensor([[1e30, 1e30], [0.0, 1e6]], device=device)
-    mean, std = torch.zeros(1, 1, dtype=torch.float64, device=device), torch.ones(1, 1, dtype=torch.float64, device=device)
+    mean, std = (
+        torch.zeros(1, 1, dtype=torch.float64, device=device),
+        torch.ones(1, 1, dtype=torch.float64, device=device),
+    )
     _, column_energy, _, row_energy = ops.outlier_counts(weight, mean, std, 1.0)
     top = torch.iinfo(torch.int64).max
     assert column_energy.tolist() == [top, top] and row_energy[0].item() == top and 0 < row_energy[1].item() < top
@@ -104,7 +127,9 @@ def test_sums_saturate_where_no_term_does(device):
 def test_infinite_weight_saturates_and_nan_counts_nothing(device):
     weight = torch.zeros(5, 9, device=device)
     weight[1, 2], weight[3, 4], weight[4, 4] = float("inf"), float("-inf"), float("nan")
-    column_counts, column_energy, row_counts, row_energy = ops.outlier_counts(weight, one(0.0, device), one(1.0, device), 3.0)
+    column_counts, column_energy, row_counts, row_energy = ops.outlier_counts(
+        weight, one(0.0, device), one(1.0, device), 3.0
+    )
     top = torch.iinfo(torch.int64).max
     assert column_counts.tolist() == [0, 0, 1, 0, 1, 0, 0, 0, 0] and row_counts.tolist() == [0, 1, 0, 1, 0]
     assert column_energy.tolist() == [0, 0, top, 0, top, 0, 0, 0, 0] and row_energy.tolist() == [0, top, 0, top, 0]

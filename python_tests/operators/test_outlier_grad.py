@@ -5,10 +5,21 @@ import torch
 
 from prequant_ext import ops, reference
 from support.covering import case_id, pairwise
-from support.operands import BF16, F16, F32, LAYERS, Layer, assert_as_accurate, assert_identical, random_matrix, random_outliers
+from support.operands import (
+    BF16,
+    F16,
+    F32,
+    LAYERS,
+    Layer,
+    assert_as_accurate,
+    assert_identical,
+    random_matrix,
+    random_outliers,
+)
 
 KINDS = ["codes per token", "codes per tensor", "float"]
-# A tile has 128 or 256 columns and 5 or 8 outliers, and takes 128 rows at a time; rows of 8 (16-bit floats, codes) or 4 numbers load whole.
+# A tile has 128 or 256 columns and 5 or 8 outliers, and takes 128 rows at a time; rows of 8 (16-bit floats, codes) or 4
+# numbers load whole.
 EDGES = pairwise(
     M=[0, 1, 3, 8, 16, 17, 63, 64, 65, 128, 200],
     r=[0, 1, 5, 16, 17],
@@ -32,7 +43,9 @@ def check(layer: Layer, kind: str, device: str, x_dtype: torch.dtype) -> None:
     arguments = (x, scale, zero_point, dims, layer.axis)
     gradient = ops.outlier_grad(grad_y, *arguments)
     assert gradient.dtype == torch.float32
-    assert_as_accurate(gradient, reference.outlier_grad(grad_y, *arguments), reference.outlier_grad(grad_y.double(), *arguments))
+    assert_as_accurate(
+        gradient, reference.outlier_grad(grad_y, *arguments), reference.outlier_grad(grad_y.double(), *arguments)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -45,7 +58,12 @@ def test_as_accurate_as_torch(layer, kind, device):
 def test_edges_of_tiles(case, device):
     columns, other = case["columns"], 40
     N, K = (columns, other) if case["axis"] == 1 else (other, columns)
-    check(Layer(case["M"], K, N, r=case["r"], axis=case["axis"], dtype=case["dtype"]), case["kind"], device, case["x_dtype"])
+    check(
+        Layer(case["M"], K, N, r=case["r"], axis=case["axis"], dtype=case["dtype"]),
+        case["kind"],
+        device,
+        case["x_dtype"],
+    )
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -63,7 +81,9 @@ def test_a_token_of_nan_is_seen(axis, device):
     x[3, 4] = torch.nan
     codes, scale, zero_point, _ = reference.quantize_activations(x, True, 0)
     dims = torch.tensor([1, 7], device=device)
-    gradient = ops.outlier_grad(random_matrix(20, 48, F32, device), codes[:, dims] if axis == 1 else codes, scale, zero_point, dims, axis)
+    gradient = ops.outlier_grad(
+        random_matrix(20, 48, F32, device), codes[:, dims] if axis == 1 else codes, scale, zero_point, dims, axis
+    )
     assert gradient.isnan().all()
 
 

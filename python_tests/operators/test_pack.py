@@ -12,7 +12,9 @@ SHAPES = [(1, 1), (3, 7), (5, 64), (17, 33), (64, 768), (2, 100003), (0, 8), (4,
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_identical_to_reference_and_back(shape, bits, device):
-    codes = torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(bits), dtype=torch.uint8).to(device)
+    codes = torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(bits), dtype=torch.uint8).to(
+        device
+    )
     packed = ops.pack(codes, bits)
     assert_identical(packed, reference.pack(codes, bits))
     assert_identical(ops.unpack(packed, shape[1], bits), codes)
@@ -20,7 +22,9 @@ def test_identical_to_reference_and_back(shape, bits, device):
 
 def test_even_k_is_the_low_nibble_and_padding_is_zero(device):
     assert ops.pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8, device=device), 4).tolist() == [[0x21, 0x03]]
-    assert ops.pack(torch.tensor([[1, 2, 3, 0, 1]], dtype=torch.uint8, device=device), 2).tolist() == [[0b00111001, 0b01]]
+    assert ops.pack(torch.tensor([[1, 2, 3, 0, 1]], dtype=torch.uint8, device=device), 2).tolist() == [
+        [0b00111001, 0b01]
+    ]
 
 
 def test_non_contiguous_codes(device):

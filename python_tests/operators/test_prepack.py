@@ -1,4 +1,6 @@
-"""prepack and unprepack: canonical storage to the layout of the device's kernels and back, nothing lost; the maps of the tensor-core chunk."""
+"""prepack and unprepack: canonical storage to the layout of the device's kernels and back, nothing lost; the maps of
+the tensor-core chunk.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from support.operands import assert_identical
 
 @pytest.fixture
 def layout(device, request):
-    """What prepack and unprepack mean on this device: the CPU's panels, or the tensor-core chunks of the CUDA kernels, emulated or not."""
+    """What prepack and unprepack mean on this device: the CPU's panels, or the tensor-core chunks of the CUDA kernels,
+    emulated or not.
+    """
     if request.node.callspec.params["device"] == "cpu":
         return reference.prepack, reference.unprepack
     return reference.tensor_core_chunks, reference.canonical_rows
@@ -37,7 +41,9 @@ SHAPES = {
 def test_identical_to_reference_and_back(shape, bits, device, layout):
     N, K = shape
     prepack, unprepack = layout
-    packed = reference.pack(torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(bits), dtype=torch.uint8), bits).to(device)
+    packed = reference.pack(
+        torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(bits), dtype=torch.uint8), bits
+    ).to(device)
     prepacked = ops.prepack(packed, K, bits)
     if N == 0 or (K == 0 and prepack is reference.tensor_core_chunks):
         assert prepacked.numel() == 0 and ops.unprepack(prepacked, N, K, bits).shape == packed.shape
@@ -51,7 +57,9 @@ def test_identical_to_reference_and_back(shape, bits, device, layout):
 def test_rows_off_alignment(bits, device, layout):
     """A view that starts one byte into its storage."""
     N, K = 18, 192
-    packed = reference.pack(torch.randint(0, 2**bits, (N, K), generator=torch.Generator().manual_seed(7), dtype=torch.uint8), bits)
+    packed = reference.pack(
+        torch.randint(0, 2**bits, (N, K), generator=torch.Generator().manual_seed(7), dtype=torch.uint8), bits
+    )
     shifted = torch.cat([packed.new_zeros(1), packed.flatten()]).to(device)[1:].view_as(packed)
     assert_identical(ops.prepack(shifted, K, bits), layout[0](packed.to(device), K, bits))
 
@@ -76,7 +84,7 @@ def test_panels_follow_the_maps(bits, formats):
         assert word_at(n, words) == sum(row)
 
 
-# ---- the maps of the tensor-core chunk (csrc/formats.h) --------------------------------------------------------------------------------------
+# ---- the maps of the tensor-core chunk (csrc/formats.h) --------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +110,9 @@ def test_two_codes_of_one_mma_register_are_16_bits_apart(formats):
 
 
 def test_a_word_of_a_lane_is_its_part_of_an_mma_tile(formats):
-    """PTX's fragments: lane 4 g + t of B has column g (here a row of W), of A row g and g + 8, at k = 2 t, 2 t + 1 and 8 more."""
+    """PTX's fragments: lane 4 g + t of B has column g (here a row of W), of A row g and g + 8, at k = 2 t, 2 t + 1 and
+    8 more.
+    """
     for lane in range(32):
         g, t = lane // 4, lane % 4
         for j in range(4):
@@ -139,5 +149,7 @@ def test_chunks_off_16_bytes_are_refused(device, request):
         pytest.skip("panels are read at any address")
     prepacked = ops.prepack(torch.zeros(16, 32, dtype=torch.uint8, device=device), 64, 4)
     shifted = torch.zeros(prepacked.numel() + 1, dtype=torch.uint8, device=device)[1:].view(prepacked.shape)
-    with pytest.raises(RuntimeError, match=r"prepacked must lie on a multiple of 16 bytes: clone\(\) makes one that does"):
+    with pytest.raises(
+        RuntimeError, match=r"prepacked must lie on a multiple of 16 bytes: clone\(\) makes one that does"
+    ):
         ops.unprepack(shifted, 16, 64, 4)

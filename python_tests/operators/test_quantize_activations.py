@@ -34,14 +34,20 @@ CASES = {  # M, K, group_size
 def test_identical_to_reference(case, dtype, per_token, device):
     M, K, group_size = case
     x = random_matrix(M, K, dtype, device) * 3 + 0.5
-    for actual, expected in zip(ops.quantize_activations(x, per_token, group_size), reference.quantize_activations(x, per_token, group_size), strict=True):
+    for actual, expected in zip(
+        ops.quantize_activations(x, per_token, group_size),
+        reference.quantize_activations(x, per_token, group_size),
+        strict=True,
+    ):
         assert_identical(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_rows_off_alignment(dtype, device):
     x = random_matrix(1, 5 * 96 + 1, dtype, device).flatten()[1:].view(5, 96)
-    for actual, expected in zip(ops.quantize_activations(x, True, 32), reference.quantize_activations(x, True, 32), strict=True):
+    for actual, expected in zip(
+        ops.quantize_activations(x, True, 32), reference.quantize_activations(x, True, 32), strict=True
+    ):
         assert_identical(actual, expected)
 
 
@@ -60,7 +66,9 @@ def test_hard_rows(per_token, device):
     for bad in (float("nan"), float("inf"), float("-inf")):
         rows.append(normal.index_fill(1, torch.tensor([39], device=device), bad))
     for x in [*rows, torch.cat(rows), torch.cat(rows[:6])]:
-        for actual, expected in zip(ops.quantize_activations(x, per_token, 0), reference.quantize_activations(x, per_token, 0), strict=True):
+        for actual, expected in zip(
+            ops.quantize_activations(x, per_token, 0), reference.quantize_activations(x, per_token, 0), strict=True
+        ):
             assert_identical(actual, expected)
 
 
@@ -89,7 +97,11 @@ def test_excluded_dims_anywhere_in_a_row(K, per_token, device):
     x = random_matrix(3, K, torch.float16, device)
     dims = torch.tensor([0, 7, 8, 31, K - 2, K - 1], device=device)
     x[:, dims] *= 500
-    for result, expected in zip(ops.quantize_activations(x, per_token, 0, dims), reference.quantize_activations(x, per_token, 0, dims), strict=True):
+    for result, expected in zip(
+        ops.quantize_activations(x, per_token, 0, dims),
+        reference.quantize_activations(x, per_token, 0, dims),
+        strict=True,
+    ):
         assert_identical(result, expected)
 
 
@@ -101,7 +113,9 @@ def test_excluded_dims_out_of_range_are_skipped():
     codes, scale = torch.empty(M, K, dtype=torch.uint8), torch.empty(M, 1)
     zero_point, sums = torch.empty(M, 1, dtype=torch.uint8), torch.empty(M, 1, dtype=torch.int32)
     results = (codes, scale, zero_point, sums)
-    emulated_kernels().quantize_tokens(x.data_ptr(), 0, M, K, dims.data_ptr(), len(dims), *(result.data_ptr() for result in results))
+    emulated_kernels().quantize_tokens(
+        x.data_ptr(), 0, M, K, dims.data_ptr(), len(dims), *(result.data_ptr() for result in results)
+    )
     for result, expected in zip(results, reference.quantize_activations(x, True, 0, torch.tensor([3])), strict=True):
         assert_identical(result, expected)
 

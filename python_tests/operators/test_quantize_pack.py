@@ -26,10 +26,13 @@ def operands(N, K, blocks, bits, dtype, r, axis, device):
     return random_matrix(N, K, dtype, device) * 2 ** (bits - 3), scale, zero_point, bits, dims, axis
 
 
-# The pairs of (bits, dtype) and (blocks, axis, r), and for each of them a K of whole chunks, of whole bytes, and of neither.
+# The pairs of (bits, dtype) and (blocks, axis, r), and for each of them a K of whole chunks, of whole bytes, and of
+# neither.
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("blocks", "axis", "r"), [("tensor", 1, 0), ("tensor", 0, 5), ("row", 1, 17), ("group", 0, 1), ("group", 1, 16)])
+@pytest.mark.parametrize(
+    ("blocks", "axis", "r"), [("tensor", 1, 0), ("tensor", 0, 5), ("row", 1, 17), ("group", 0, 1), ("group", 1, 16)]
+)
 def test_every_width_type_and_granularity(bits, dtype, blocks, axis, r, device):
     for N, K in ((17, 64), (20, 36), (19, 65), (17, 17), (18, 1024)):
         arguments = operands(N, K, blocks, bits, dtype, r, axis, device)
@@ -67,10 +70,15 @@ def test_dims_beyond_the_matrix(axis, device):
     beyond = torch.tensor([-1, 65 if axis == 1 else 33, 2**40, -(2**40)], device=device)
     arguments = (weight, scale, zero_point, bits, torch.cat([beyond, dims]), axis)
     if device == "cpu":
-        with pytest.raises(RuntimeError, match="outlier_dims must be 0 to 64, got -1" if axis == 1 else "outlier_dims must be 0 to 32, got -1"):
+        with pytest.raises(
+            RuntimeError,
+            match="outlier_dims must be 0 to 64, got -1" if axis == 1 else "outlier_dims must be 0 to 32, got -1",
+        ):
             ops.quantize_pack(*arguments)
     else:  # on a GPU the host does not read them, and the kernel passes them over
-        assert_identical(ops.quantize_pack(*arguments), reference.quantize_pack(weight, scale, zero_point, bits, dims, axis))
+        assert_identical(
+            ops.quantize_pack(*arguments), reference.quantize_pack(weight, scale, zero_point, bits, dims, axis)
+        )
 
 
 def test_ties_round_to_even_and_division_is_true(device):
@@ -85,27 +93,40 @@ def test_ties_round_to_even_and_division_is_true(device):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_outlier_dims_are_worth_nothing(axis, device):
     weight = random_matrix(12, 20, torch.float32, device)
-    scale, zero_point = torch.full((12, 1), 0.2, device=device), torch.full((12, 1), 5, dtype=torch.uint8, device=device)
+    scale, zero_point = (
+        torch.full((12, 1), 0.2, device=device),
+        torch.full((12, 1), 5, dtype=torch.uint8, device=device),
+    )
     dims = torch.tensor([0, 3, 11], device=device)
     packed = ops.quantize_pack(weight, scale, zero_point, 4, dims, axis)
     dense = ops.dequantize(packed, scale, zero_point, 20, 4, torch.float32)
     assert (dense.index_select(axis, dims) == 0).all()
-    without = ops.dequantize(ops.quantize_pack(weight, scale, zero_point, 4, dims[:0], axis), scale, zero_point, 20, 4, torch.float32)
+    without = ops.dequantize(
+        ops.quantize_pack(weight, scale, zero_point, 4, dims[:0], axis), scale, zero_point, 20, 4, torch.float32
+    )
     assert_identical(dense, without.index_fill(axis, dims, 0.0))
 
 
 @pytest.mark.parametrize("K", [3, 4])  # one code at a time, and a chunk
 def test_extreme_weights_clip(K, device):
     weight = torch.tensor([[1e38, -1e38, 0.0, -0.0][:K]], device=device)
-    scale, zero_point = torch.full((1, 1), 2.0**-126, device=device), torch.full((1, 1), 3, dtype=torch.uint8, device=device)
+    scale, zero_point = (
+        torch.full((1, 1), 2.0**-126, device=device),
+        torch.full((1, 1), 3, dtype=torch.uint8, device=device),
+    )
     packed = ops.quantize_pack(weight, scale, zero_point, 4, torch.zeros(0, dtype=torch.int64, device=device), 1)
     assert ops.unpack(packed, K, 4).tolist() == [[15, 0, 3, 3][:K]]
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_division_is_true_next_to_every_tie(bits, device):
-    """The float32 weights on both sides of each boundary between two codes, for steps whose reciprocals round either way."""
-    none, zero_point = torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(1, 1, dtype=torch.uint8, device=device)
+    """The float32 weights on both sides of each boundary between two codes, for steps whose reciprocals round either
+    way.
+    """
+    none, zero_point = (
+        torch.zeros(0, dtype=torch.int64, device=device),
+        torch.zeros(1, 1, dtype=torch.uint8, device=device),
+    )
     for step in (0.1, 0.3, 1 / 3, 0.7, 1.1e-3, 2.0**-126, 3e-39 * 2**20, 1e30):
         scale = torch.full((1, 1), step, device=device)
         ties = (torch.arange(2**bits, device=device) + 0.5) * scale[0]

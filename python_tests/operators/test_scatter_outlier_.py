@@ -26,12 +26,20 @@ def test_dims_out_of_range_are_skipped(dtype, axis, accumulate):
     N, K = 6, 20
     length = K if axis == 1 else N
     dims = torch.tensor([-(2**40), -1, 0, length - 1, length, 2**40])
-    values = random_matrix(N, len(dims), torch.float32, "cpu") if axis == 1 else random_matrix(len(dims), K, torch.float32, "cpu")
+    values = (
+        random_matrix(N, len(dims), torch.float32, "cpu")
+        if axis == 1
+        else random_matrix(len(dims), K, torch.float32, "cpu")
+    )
     dense = random_matrix(N, K, dtype, "cpu", seed=3)
     inside = (dims >= 0) & (dims < length)
-    expected = reference.scatter_outlier_(dense.clone(), dims[inside], values[:, inside] if axis == 1 else values[inside], axis, accumulate)
+    expected = reference.scatter_outlier_(
+        dense.clone(), dims[inside], values[:, inside] if axis == 1 else values[inside], axis, accumulate
+    )
     code = [torch.float32, torch.float16, torch.bfloat16].index(dtype)  # in the order of Dtype in kernels.h
-    emulated_kernels().scatter_outlier(dense.data_ptr(), code, N, K, dims.data_ptr(), values.data_ptr(), len(dims), axis, accumulate)
+    emulated_kernels().scatter_outlier(
+        dense.data_ptr(), code, N, K, dims.data_ptr(), values.data_ptr(), len(dims), axis, accumulate
+    )
     assert_identical(dense, expected)
 
 
@@ -44,7 +52,11 @@ def test_bumps_the_version_counter(call, device):
 
 
 def test_rejects(device):
-    dense, dims, values = torch.zeros(4, 6, device=device), torch.tensor([1, 9], device=device), torch.ones(4, 2, device=device)
+    dense, dims, values = (
+        torch.zeros(4, 6, device=device),
+        torch.tensor([1, 9], device=device),
+        torch.ones(4, 2, device=device),
+    )
     if device == "cpu":
         with pytest.raises(RuntimeError, match="outlier_dims must be 0 to 5, got 9 at position 1"):
             ops.scatter_outlier_(dense, dims, values, 1, False)

@@ -24,7 +24,9 @@ def test_every_size_and_every_r(size, device):
     for r in sorted({0, 1, min(5, size), min(16, size), min(17, size), size // 2, size - 1, size}):
         chosen = ops.select_outlier_dims(counts, energy, r)
         assert_identical(chosen, reference.select_outlier_dims(counts, energy, r))
-        assert_identical(chosen, torch.ops.prequant.select_outlier_dims(counts.cpu(), energy.cpu(), r).to(chosen.device))
+        assert_identical(
+            chosen, torch.ops.prequant.select_outlier_dims(counts.cpu(), energy.cpu(), r).to(chosen.device)
+        )
 
 
 def test_all_equal_gives_the_lowest(device):
@@ -36,7 +38,12 @@ def test_keys_of_64_bits(device):
     top, bottom = torch.iinfo(torch.int64).max, torch.iinfo(torch.int64).min
     counts = torch.tensor([2**32, 1, 2**32, -1, bottom], device=device)
     energy = torch.tensor([top - 1, top, top, 0, top], device=device)
-    assert [ops.select_outlier_dims(counts, energy, r).tolist() for r in range(1, 5)] == [[2], [0, 2], [0, 1, 2], [0, 1, 2, 3]]
+    assert [ops.select_outlier_dims(counts, energy, r).tolist() for r in range(1, 5)] == [
+        [2],
+        [0, 2],
+        [0, 1, 2],
+        [0, 1, 2, 3],
+    ]
 
 
 def test_order_of_the_keys(device):

@@ -31,7 +31,9 @@ WEIGHTS = {  # N, K, block_size: why
 def test_identical_to_reference(shape, dtype, device):
     N, K, block_size = shape
     weight = random_matrix(N, K, dtype, device)
-    for actual, expected in zip(ops.weight_stats(weight, block_size), reference.weight_stats(weight, block_size), strict=True):
+    for actual, expected in zip(
+        ops.weight_stats(weight, block_size), reference.weight_stats(weight, block_size), strict=True
+    ):
         assert_identical(actual, expected)
 
 
@@ -112,7 +114,9 @@ def test_non_finite_stays_in_its_block(bad, block_size, device):
 
 def test_non_contiguous_weight(device):
     weight = random_matrix(40, 60, torch.float32, device).T
-    for actual, expected in zip(ops.weight_stats(weight, 40), reference.weight_stats(weight.contiguous(), 40), strict=True):
+    for actual, expected in zip(
+        ops.weight_stats(weight, 40), reference.weight_stats(weight.contiguous(), 40), strict=True
+    ):
         assert_identical(actual, expected)
 
 

@@ -19,7 +19,11 @@ SCRIPTS = ("linear", "train_step", "model", "quantize", "mixed_tasks", "serve", 
 @pytest.fixture(autouse=True)
 def _settings_of_torch():
     """A script sets them for its own process, and here it runs in this one."""
-    threads, precision, engine = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.quantized.engine
+    threads, precision, engine = (
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.quantized.engine,
+    )
     yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
@@ -35,7 +39,16 @@ def run(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", [str(BENCH / f"{name}.py"), *options, "--threads", "1", "--json", str(record)])
         runpy.run_path(sys.argv[0], run_name="__main__")
         found = json.loads(record.read_text())
-        assert found["header"].keys() == {"script", "cpu", "cores", "isa", "threads", "versions", "commit", "sees_other_processes"}
+        assert found["header"].keys() == {
+            "script",
+            "cpu",
+            "cores",
+            "isa",
+            "threads",
+            "versions",
+            "commit",
+            "sees_other_processes",
+        }
         assert found["header"]["script"] == f"{name}.py" and found["header"]["threads"] == [1]
         assert {"python", "torch", "prequant_ext"} <= found["header"]["versions"].keys()
         assert found["peaks"].keys() == {"1"}
@@ -57,12 +70,46 @@ def test_help_has_an_example(name, monkeypatch, capsys):
 
 
 def test_linear_has_a_row_for_each_operator_shape_and_token_count(run, capsys):
-    options = ["--granularity", "tensor", "group32", "--r", "0", "5", "--axis", "input", "output", "--dtype", "float32", "bfloat16"]
-    rows = run("linear", "--shapes", "64x128", "33x64", "--tokens", "1", "3", "--odd", "7x33x40:8x32x64", "--rounds", "1", "--budget", "0", *options)
-    # 8 (granularity, r, axis): w4a8 in two types, w4a16 and dx in float32 at two precisions and in bfloat16; outlier_grad has r = 5, two axes, two types
+    options = [
+        "--granularity",
+        "tensor",
+        "group32",
+        "--r",
+        "0",
+        "5",
+        "--axis",
+        "input",
+        "output",
+        "--dtype",
+        "float32",
+        "bfloat16",
+    ]
+    rows = run(
+        "linear",
+        "--shapes",
+        "64x128",
+        "33x64",
+        "--tokens",
+        "1",
+        "3",
+        "--odd",
+        "7x33x40:8x32x64",
+        "--rounds",
+        "1",
+        "--budget",
+        "0",
+        *options,
+    )
+    # 8 (granularity, r, axis): w4a8 in two types, w4a16 and dx in float32 at two precisions and in bfloat16;
+    # outlier_grad has r = 5, two axes, two types
     names = {row["name"] for row in rows["rows"]}
     ours = {name for name in names if not name.startswith("torch")}
-    assert len(ours) == 8 * (2 + 3 + 3) + 4 and names - ours == {"torch linear", "torch dx", "torch outlier_grad r=5 input", "torch outlier_grad r=5 output"}
+    assert len(ours) == 8 * (2 + 3 + 3) + 4 and names - ours == {
+        "torch linear",
+        "torch dx",
+        "torch outlier_grad r=5 input",
+        "torch outlier_grad r=5 output",
+    }
     assert len(rows["rows"]) == len(names) * 2 * 2
     for row in rows["rows"]:
         assert row["error"] < (1e-6 if "torch" in row["name"] else 3e-2), row["name"]
@@ -70,13 +117,35 @@ def test_linear_has_a_row_for_each_operator_shape_and_token_count(run, capsys):
     assert {row["neighbour"][0] for row in rows["odd"]} == {8} and all(row["of_neighbour"] > 0 for row in rows["odd"])
     assert not any("group32" in row["name"] for row in rows["odd"])  # 32 does not divide 40
     printed = capsys.readouterr().out
-    assert "| 1 thread(s) | M = 1 | M = 3 | error | error with float weights |" in printed and "own measured peaks" in printed
+    assert (
+        "| 1 thread(s) | M = 1 | M = 3 | error | error with float weights |" in printed
+        and "own measured peaks" in printed
+    )
 
 
 def test_train_step_compares_in_processes_and_lists_what_is_not_installed(run, capsys):
-    found = run("train_step", "--layers", "1", "--hidden", "64", "--seq", "8", "--batch", "2", "--steps", "1", "--only", "w4a16", "qlora")
+    found = run(
+        "train_step",
+        "--layers",
+        "1",
+        "--hidden",
+        "64",
+        "--seq",
+        "8",
+        "--batch",
+        "2",
+        "--steps",
+        "1",
+        "--only",
+        "w4a16",
+        "qlora",
+    )
     rows = {row["name"]: row for row in found["rows"]}
-    assert rows.keys() | found["missing"].keys() == {"full fp32", "prequant w4a16 hidden r=5, high", "qlora nf4, r=8 (all linears) fp32"}
+    assert rows.keys() | found["missing"].keys() == {
+        "full fp32",
+        "prequant w4a16 hidden r=5, high",
+        "qlora nf4, r=8 (all linears) fp32",
+    }
     full, ours = rows["full fp32"], rows["prequant w4a16 hidden r=5, high"]
     assert full["speedup"] == 1 and full["error_with_float_weights"] == 0 < ours["error_with_float_weights"] < 0.3
     assert ours["trainable"] < full["trainable"] and ours["peak_mb_above_imports"] > 0 and ours["precision"] == "high"
@@ -86,11 +155,16 @@ def test_train_step_compares_in_processes_and_lists_what_is_not_installed(run, c
 
 
 def test_model_has_a_row_for_each_model_and_batch(run):
-    found = run("model", "--layers", "1", "--hidden", "64", "--batch", "1", "2", "--seq", "8", "--rounds", "1", "--budget", "0")
+    found = run(
+        "model", "--layers", "1", "--hidden", "64", "--batch", "1", "2", "--seq", "8", "--rounds", "1", "--budget", "0"
+    )
     ours = {"prequant w4a8", "prequant w4a16, high", "prequant w4a16, highest"}
     names = {row["name"] for row in found["rows"]}
     assert ours | {"torch fp32", "torch bf16"} <= names and len(names | found["missing"].keys()) == 7
-    assert len(found["rows"]) == 2 * len(names) and {(row["batch"], row["seq"]) for row in found["rows"]} == {(1, 8), (2, 8)}
+    assert len(found["rows"]) == 2 * len(names) and {(row["batch"], row["seq"]) for row in found["rows"]} == {
+        (1, 8),
+        (2, 8),
+    }
     weights = {row["name"]: row["weights_mb"] for row in found["rows"]}
     assert all(weights[name] < weights["torch fp32"] / 2 for name in ours)
     assert all(row["error_with_float_weights"] < 0.3 for row in found["rows"])
@@ -98,20 +172,46 @@ def test_model_has_a_row_for_each_model_and_batch(run):
 
 def test_quantize_has_a_row_for_each_operator_and_one_for_the_model(run, capsys):
     found = run("quantize", "--layers", "1", "--hidden", "64", "--matrix", "256x128", "--rounds", "1", "--budget", "0")
-    parts = {part: {row["name"]: row for row in found["rows"] if row["part"] == part} for part in ("operators", "model", "interpreter")}
+    parts = {
+        part: {row["name"]: row for row in found["rows"] if row["part"] == part}
+        for part in ("operators", "model", "interpreter")
+    }
     operators = {"weight_stats", "outlier_counts", "select_outlier_dims", "quantize_pack"}
     assert operators <= parts["interpreter"].keys() <= operators | {"prepack"}
     assert parts["operators"].keys() == parts["interpreter"].keys() | {"torch: copy of the weights", "all operators"}
     everything, model = parts["operators"]["all operators"], parts["model"]["quantize_model"]
     assert everything["weights"] == 12 * 64 * 64 and everything["matrices"] == model["matrices"] == 6
     assert everything["largest_matrix_mb"] == model["largest_matrix_mb"] == 4 * 64 * 64 * 4 / 1e6
-    assert 0 < everything["error_with_float_weights"] < 0.3 and 0 < model["error_with_float_weights"] < 0.3 and "peak_extra_mb" in everything
-    assert all(row["is_released"] in (True, False, None) and row["counted"] >= 0 for row in parts["interpreter"].values())
+    assert (
+        0 < everything["error_with_float_weights"] < 0.3
+        and 0 < model["error_with_float_weights"] < 0.3
+        and "peak_extra_mb" in everything
+    )
+    assert all(
+        row["is_released"] in (True, False, None) and row["counted"] >= 0 for row in parts["interpreter"].values()
+    )
     assert "counted meanwhile" in capsys.readouterr().out
 
 
 def test_mixed_tasks_compares_ways_that_agree(run):
-    found = run("mixed_tasks", "--layers", "1", "--hidden", "64", "--rows", "4", "--seq", "8", "--tasks", "1", "2", "--rounds", "1", "--budget", "0")
+    found = run(
+        "mixed_tasks",
+        "--layers",
+        "1",
+        "--hidden",
+        "64",
+        "--rows",
+        "4",
+        "--seq",
+        "8",
+        "--tasks",
+        "1",
+        "2",
+        "--rounds",
+        "1",
+        "--budget",
+        "0",
+    )
     names = {row["name"] for row in found["rows"]}
     ours = {"float32, no tasks", "prequant, one task", "prequant, mixed", "prequant, one after another"}
     assert ours <= names and len(found["rows"]) == 2 * len(names) and len(names) + 2 * len(found["missing"]) == 6
@@ -119,8 +219,26 @@ def test_mixed_tasks_compares_ways_that_agree(run):
 
 
 def test_serve_has_a_row_for_each_number_of_tasks_and_size_of_batch(run, capsys):
-    found = run("serve", "--layers", "1", "--hidden", "64", "--words", "4", "--requests", "20", "--clients", "4", "--rounds", "1", "--max-batch", "4")
-    assert {(row["tasks"], row["max_batch"]) for row in found["rows"]} == {(tasks, batch) for tasks in (1, 4, 16) for batch in (4, 1)}
+    found = run(
+        "serve",
+        "--layers",
+        "1",
+        "--hidden",
+        "64",
+        "--words",
+        "4",
+        "--requests",
+        "20",
+        "--clients",
+        "4",
+        "--rounds",
+        "1",
+        "--max-batch",
+        "4",
+    )
+    assert {(row["tasks"], row["max_batch"]) for row in found["rows"]} == {
+        (tasks, batch) for tasks in (1, 4, 16) for batch in (4, 1)
+    }
     for row in found["rows"]:
         assert row["requests"] == 20 and row["rounds"] == 1 and row["p99_milliseconds"] >= row["milliseconds"]
         assert row["requests_per_second"] > 0 and row["roofline_share"] > 0
@@ -131,16 +249,33 @@ def test_a_missing_peer_is_listed_and_the_others_are_measured(run, monkeypatch, 
     (tmp_path / "stand_in").mkdir()
     (tmp_path / "stand_in" / "openvino.py").write_text("raise ImportError('not on this machine')")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "stand_in"), *sys.path]))
-    found = run("peers", "--shapes", "64x64", "--tokens", "1", "3", "--rounds", "1", "--budget", "0", "--only", "openvino", "prequant")
+    found = run(
+        "peers",
+        "--shapes",
+        "64x64",
+        "--tokens",
+        "1",
+        "3",
+        "--rounds",
+        "1",
+        "--budget",
+        "0",
+        "--only",
+        "openvino",
+        "prequant",
+    )
     assert {row["name"] for row in found["rows"]} == {
-        "torch fp32", "prequant w4a8 per tensor r=5", "prequant w4a8 per group 32 r=5", "prequant w4a16 per tensor r=5, high"
-    }  # fmt: skip
+        "torch fp32",
+        "prequant w4a8 per tensor r=5",
+        "prequant w4a8 per group 32 r=5",
+        "prequant w4a16 per tensor r=5, high",
+    }
     assert len(found["rows"]) == 4 * 2 and len(found["missing"]) == 3
     assert set(found["missing"].values()) == {"ImportError: not on this machine"}
     assert "not measured: openvino int4 int8: ImportError: not on this machine" in capsys.readouterr().out
 
 
-# ---- what they share ---------------------------------------------------------------------------------------------------------------------------
+# ---- what they share -------------------------------------------------------------------------------------------------
 
 
 def test_every_round_calls_every_contender_and_turns_their_order():
@@ -148,8 +283,10 @@ def test_every_round_calls_every_contender_and_turns_their_order():
     contenders = [timing.Contender(name, lambda name=name: order.append(name), "a") for name in "abc"]
     samples = timing.interleaved(contenders, rounds=3, budget=10, threads=1)
     assert {name: len(taken.seconds) for name, taken in samples.items()} == {"a": 3, "b": 3, "c": 3}
-    turns = [name for name, before in zip(order, [None, *order], strict=False) if name != before]  # a sample is many calls
-    assert "".join(turns).endswith("abcbcacab") or "".join(turns).endswith("abcbcab")  # the end of a round may be the start of the next
+    # a sample is many calls
+    turns = [name for name, before in zip(order, [None, *order], strict=False) if name != before]
+    # the end of a round may be the start of the next
+    assert "".join(turns).endswith("abcbcacab") or "".join(turns).endswith("abcbcab")
 
 
 def test_a_disturbed_sample_is_taken_again(monkeypatch):
@@ -184,9 +321,17 @@ def test_a_record_is_replaced_whole_or_not_at_all(tmp_path):
 
 def test_a_mean_over_fewer_shapes_says_so():
     def row(name, N, M, speedup, noisy=0):
-        return {"name": name, "threads": 2, "N": N, "K": 8, "M": M, "speedup": speedup, "roofline_share": 0.5, "rounds": 3, "noisy": noisy} | {
-            "error": None, "error_with_float_weights": 0.01
-        }  # fmt: skip
+        return {
+            "name": name,
+            "threads": 2,
+            "N": N,
+            "K": 8,
+            "M": M,
+            "speedup": speedup,
+            "roofline_share": 0.5,
+            "rounds": 3,
+            "noisy": noisy,
+        } | {"error": None, "error_with_float_weights": 0.01}
 
     rows = [row("a", 1, 1, 1.0), row("a", 2, 1, 1.0), row("b", 1, 1, 2.0, noisy=3), row("a", 1, 16, 1.0)]
     *_, first, second = reporting.means_table(rows, 2).splitlines()

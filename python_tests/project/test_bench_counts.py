@@ -12,7 +12,8 @@ from support import ROOT
 
 BENCH = ROOT / "bench"
 
-# Two tokens, each four bytes broadcast, against a vector of 16 columns; an outer loop around it that begins with a load from the stack.
+# Two tokens, each four bytes broadcast, against a vector of 16 columns; an outer loop around it that begins with a load
+# from the stack.
 DISASSEMBLY = """
 0000000000000010 <void prequant::avx512::multiply_tile<2>(unsigned char const*, long) [clone .cold]>:
   10:\tmov    (%rsp),%rcx

@@ -35,11 +35,17 @@ def test_the_readme_lists_every_script():
 def test_causal_lm(tmp_path):
     # 2 bits: 4 cost a model of this size and ease no more than another seed would.
     printed = run("causal_lm.py", "--toy", "--bits", 2, "--name", "sea", "--out", tmp_path)
-    perplexities = {name: float(value) for name, value in re.findall(r"^(float|2 bits|fine-tuned) +([\d.]+)$", printed, re.MULTILINE)}
+    perplexities = {
+        name: float(value)
+        for name, value in re.findall(r"^(float|2 bits|fine-tuned) +([\d.]+)$", printed, re.MULTILINE)
+    }
     assert 1 < perplexities["fine-tuned"] < perplexities["float"] < perplexities["2 bits"] / 1.03 < 2
     assert "quantized 85.4 % of the weights" in printed and "6,400 weights were trained" in printed
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), AutoTokenizer.from_pretrained(tmp_path / "base")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        AutoTokenizer.from_pretrained(tmp_path / "base"),
+    )
     sample = tokenizer(printed.strip().splitlines()[-1])["input_ids"]
     before = perplexity(model, sample)
     assert load_task(model, tmp_path / "sea.task")["name"] == "sea"
@@ -52,7 +58,15 @@ def test_causal_lm_takes_a_model_and_files(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=characters, eos_token=" ").save_pretrained(tmp_path / "float")
     make_toy("llama").save_pretrained(tmp_path / "float")
     (tmp_path / "text").write_text("abc def gh " * 20)
-    files = ("--model", tmp_path / "float", "--train-file", tmp_path / "text", tmp_path / "text", "--eval-file", tmp_path / "text")
+    files = (
+        "--model",
+        tmp_path / "float",
+        "--train-file",
+        tmp_path / "text",
+        tmp_path / "text",
+        "--eval-file",
+        tmp_path / "text",
+    )
     sizes = ("--bits", 8, "--r", 2, "--steps", 2, "--block-size", 16)
     printed = run("causal_lm.py", *files, *sizes, "--out", tmp_path / "out")
     tokens = [*range(3), 8, *range(3, 6), 8, 6, 7, 8] * 20
@@ -69,9 +83,15 @@ def test_causal_lm_says_what_is_missing(tmp_path):
 @pytest.mark.slow
 def test_quickstart(tmp_path):
     printed = run("quickstart.py", "--toy", "--out", tmp_path)
-    accuracy, size = re.search(r"accuracy ([\d.]+) on 128 rows; .*task\.task has ([\d,]+) bytes; on a fresh base: the same answers", printed).groups()
+    accuracy, size = re.search(
+        r"accuracy ([\d.]+) on 128 rows; .*task\.task has ([\d,]+) bytes; on a fresh base: the same answers", printed
+    ).groups()
     assert float(accuracy) > 0.7
-    assert int(size.replace(",", "")) == (tmp_path / "task.task").stat().st_size < (tmp_path / "base" / "model.safetensors").stat().st_size / 2
+    assert (
+        int(size.replace(",", ""))
+        == (tmp_path / "task.task").stat().st_size
+        < (tmp_path / "base" / "model.safetensors").stat().st_size / 2
+    )
 
 
 @pytest.mark.slow
@@ -84,7 +104,9 @@ def test_quickstart_reads_rows_of_a_file(tmp_path):
     model = toy.save_model(tmp_path / "model")
     for split in ("train", "validation"):
         texts, labels = toy.rows("sst2", split)
-        (tmp_path / f"{split}.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in zip(texts[:64], labels[:64], strict=True)))
+        (tmp_path / f"{split}.csv").write_text(
+            "text,label\n" + "".join(f"{text},{label}\n" for text, label in zip(texts[:64], labels[:64], strict=True))
+        )
     files = ("--train-file", tmp_path / "train.csv", "--eval-file", tmp_path / "validation.csv")
     printed = run("quickstart.py", "--model", model, *files, "--epochs", 1, "--name", "mine", "--out", tmp_path / "out")
     assert "on 64 rows" in printed and "the same answers" in printed and (tmp_path / "out" / "mine.task").exists()
@@ -96,7 +118,8 @@ def test_many_tasks(tmp_path):
     rows = re.findall(r"^(topic|other-topic) +([01])  (.*)$", printed, re.MULTILINE)
     answers = {(name, text): answer for name, answer, text in rows}
     assert len(rows) == 8
-    assert sum(answers["topic", text] != answers["other-topic", text] for _, _, text in rows[::2]) >= 3  # the same text, opposite tasks
+    # the same text, opposite tasks
+    assert sum(answers["topic", text] != answers["other-topic", text] for _, _, text in rows[::2]) >= 3
     assert float(re.search(r"one task at a time: (\S+)", printed)[1]) < 1e-5
 
 

@@ -1,4 +1,6 @@
-"""bench/gpu_model.py: the counts and rates behind a prediction. Whether its launches are the launchers' is in test_cuda_traffic.py."""
+"""bench/gpu_model.py: the counts and rates behind a prediction. Whether its launches are the launchers' is in
+test_cuda_traffic.py.
+"""
 
 import json
 import subprocess
@@ -31,7 +33,9 @@ def test_an_ideal_cublas_is_bound_by_its_bytes_and_then_by_its_products():
 
 
 def test_a_turn_costs_what_its_slowest_unit_needs():
-    """64 integer lanes against 128 of half pairs on an A100, 64 on a T4; a 128-bit load of a warp is 4 passes over the banks."""
+    """64 integer lanes against 128 of half pairs on an A100, 64 on a T4; a 128-bit load of a warp is 4 passes over the
+    banks.
+    """
     mix = loop_of(LOP3_LUT=64, HFMA2=64, LDS_128=2, LDSM_16_M88_4=3, HMMA_16816_F32=8)
     clocks = gpu_model.turn_clocks(mix, A100)
     assert clocks["integer units"] == 32 and clocks["half units"] == 16
@@ -42,13 +46,18 @@ def test_a_turn_costs_what_its_slowest_unit_needs():
 
 def test_products_of_a_turn_know_the_shapes():
     assert gpu_model.products_of_a_turn(Kernel("k", main_loop=loop_of(HMMA_16816_F32=2, LOP3_LUT=9))) == 2 * 16 * 8 * 16
-    assert gpu_model.products_of_a_turn(Kernel("k", main_loop={"IMMA.16832.U8.S8": 1, "IMMA.8816.U8.S8": 1})) == 16 * 8 * 32 + 8 * 8 * 16
+    assert (
+        gpu_model.products_of_a_turn(Kernel("k", main_loop={"IMMA.16832.U8.S8": 1, "IMMA.8816.U8.S8": 1}))
+        == 16 * 8 * 32 + 8 * 8 * 16
+    )
 
 
 @pytest.mark.parametrize("operator", ["linear_w4a16", "linear_w4a8", "linear_dx"])
 @pytest.mark.parametrize("M", [1, 16, 64, 512])
 def test_counts_are_at_least_what_the_product_needs(operator, M):
-    """No regime reads less than the codes and x, or multiplies less than M N K; padding and re-reading cost at most what a tile can waste."""
+    """No regime reads less than the codes and x, or multiplies less than M N K; padding and re-reading cost at most
+    what a tile can waste.
+    """
     N, K = 11008, 4096
     for gpu in gpu_launches.GPUS:
         launches = gpu_launches.launches(operator, M, N, K, gpu)
@@ -94,7 +103,9 @@ def test_everything_it_prints_is_labelled_a_model(nvcc):
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("gpu", gpu_launches.GPUS, ids=lambda gpu: gpu.name)
 def test_few_tokens_reach_the_targets(gpu, nvcc):
-    """What the main loop's instructions and the grid allow is not below what is asked for, but where MISSED says so: an entry that is reached goes."""
+    """What the main loop's instructions and the grid allow is not below what is asked for, but where MISSED says so: an
+    entry that is reached goes.
+    """
     kernels = gpu_model.sass()[gpu.architecture]
     for M in (1, 16):
         prediction = gpu_model.predict("linear_w4a16", M, *gpu_model.TARGET_SHAPE, gpu, kernels)

@@ -44,7 +44,9 @@ def test_has_a_fake_a_kernel_and_a_test(op):
 
 
 def test_imports_point_down_only():
-    """reference <- ops <- linear <- model <- {hf, task} <- baselines <- glue <- cli; the one exception says why where it stands."""
+    """reference <- ops <- linear <- model <- {hf, task} <- baselines <- glue <- cli; the one exception says why where
+    it stands.
+    """
     rooms = [
         ["config", "reference", "strictness", "measure", "html_page"],
         ["_native", "guards"],
@@ -69,7 +71,11 @@ def test_imports_point_down_only():
     for path in (ROOT / "prequant_ext").rglob("*.py"):
         own = level.get(path.relative_to(ROOT / "prequant_ext").parts[0].removesuffix(".py"))
         for node in ast.walk(ast.parse(path.read_text())):
-            if own is None or not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("prequant_ext"):
+            if (
+                own is None
+                or not isinstance(node, ast.ImportFrom)
+                or not (node.module or "").startswith("prequant_ext")
+            ):
                 continue
             parts = (node.module or "").split(".")[1:]
             names = [parts[0]] if parts else [alias.name for alias in node.names]

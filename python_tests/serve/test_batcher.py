@@ -1,4 +1,6 @@
-"""The queue before the model: what shares a batch, in which order things are done, what a full queue and the end say."""
+"""The queue before the model: what shares a batch, in which order things are done,
+what a full queue and the end say.
+"""
 
 import threading
 
@@ -70,7 +72,10 @@ def test_what_waits_together_is_one_batch(make):
     answers = [future.result(60) for future in futures]
     assert model.seen == [["v", "w", "x"], ["y", "z"]]
     assert [answer["text"] for answer in answers] == list("vwxyz")
-    assert answers[0]["batch"] == {"rows": 3, "tasks": ["a", "b"]} and answers[4]["batch"] == {"rows": 2, "tasks": ["c", "a"]}
+    assert answers[0]["batch"] == {"rows": 3, "tasks": ["a", "b"]} and answers[4]["batch"] == {
+        "rows": 2,
+        "tasks": ["c", "a"],
+    }
     assert all(answer["milliseconds"].keys() == {"queue", "model"} for answer in answers)
 
 
@@ -117,7 +122,9 @@ def test_a_bad_row_fails_alone(make):
     assert [futures[0].result(60)["text"], futures[2].result(60)["text"]] == ["x", "z"]
     with pytest.raises(RuntimeError, match="no such token"):
         futures[1].result(60)
-    assert batcher.metrics.counts["prequant_failed_rows_total"] == {"": 1} and batcher.metrics.counts["prequant_rows_total"] == {'task="a"': 2}
+    assert batcher.metrics.counts["prequant_failed_rows_total"] == {"": 1} and batcher.metrics.counts[
+        "prequant_rows_total"
+    ] == {'task="a"': 2}
 
 
 def test_rows_whose_client_has_gone_are_not_computed(make):

@@ -12,7 +12,21 @@ import torch
 from prequant_ext.serve.app import create_app
 from prequant_ext.serve.backbone import load
 from prequant_ext.serve.settings import Settings
-from support.serving import OTHER, TASKS, TEXT, counts, direct_logits, expected, query, running, save_base, save_spare_tasks, save_tasks, until, values_of
+from support.serving import (
+    OTHER,
+    TASKS,
+    TEXT,
+    counts,
+    direct_logits,
+    expected,
+    query,
+    running,
+    save_base,
+    save_spare_tasks,
+    save_tasks,
+    until,
+    values_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +74,7 @@ def detail(response, status):
     return response.json()["detail"]
 
 
-# ---- answers ---------------------------------------------------------------------------------------------------------------
+# ---- answers ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -68,7 +82,11 @@ def test_an_answer_is_that_of_the_model_with_the_task_alone(client, base, files,
     answer = client.post("/predict", json=query(name)).raise_for_status().json()
     wanted = expected(base, files[name], name)
     torch.testing.assert_close(values_of(answer), wanted, atol=2e-4, rtol=1e-4)
-    assert answer["task"] == name and answer["is_cut"] is False and answer["tokens"] == (8 if name in ("sst2", "topics") else 15)
+    assert (
+        answer["task"] == name
+        and answer["is_cut"] is False
+        and answer["tokens"] == (8 if name in ("sst2", "topics") else 15)
+    )
     if len(wanted) > 1:
         assert answer["label"] == list(answer["probabilities"])[int(wanted.argmax())]
 
@@ -76,9 +94,17 @@ def test_an_answer_is_that_of_the_model_with_the_task_alone(client, base, files,
 def test_labels_are_those_of_glue_or_numbers(client):
     found = {task["name"]: task for task in client.get("/tasks").json()["tasks"]}
     assert {name: task["labels"] for name, task in found.items()} == {
-        "sst2": ["negative", "positive"], "mnli": ["entailment", "neutral", "contradiction"], "stsb": [], "topics": ["0", "1"]
-    }  # fmt: skip
-    assert {name: task["num_texts"] for name, task in found.items()} == {"sst2": 1, "mnli": 2, "stsb": 2, "topics": None}
+        "sst2": ["negative", "positive"],
+        "mnli": ["entailment", "neutral", "contradiction"],
+        "stsb": [],
+        "topics": ["0", "1"],
+    }
+    assert {name: task["num_texts"] for name, task in found.items()} == {
+        "sst2": 1,
+        "mnli": 2,
+        "stsb": 2,
+        "topics": None,
+    }
     assert {task["max_length"] for task in found.values()} == {32} and found["sst2"]["version"] == 1
 
 
@@ -90,8 +116,13 @@ def test_a_list_of_all_tasks_is_one_batch_in_its_order(client, base, files):
     assert [answer["task"] for answer in answers] == [one["task"] for one in queries]
     assert all(answer["batch"] == {"rows": 5, "tasks": list(TASKS)} for answer in answers)
     for answer in answers:
-        torch.testing.assert_close(values_of(answer), expected(base, files[answer["task"]], answer["task"]), atol=2e-4, rtol=1e-4)
-    grown = {name: after[name] - before[name] for name in ("prequant_batch_rows_count", "prequant_batch_rows_sum", "prequant_batch_tasks_sum")}
+        torch.testing.assert_close(
+            values_of(answer), expected(base, files[answer["task"]], answer["task"]), atol=2e-4, rtol=1e-4
+        )
+    grown = {
+        name: after[name] - before[name]
+        for name in ("prequant_batch_rows_count", "prequant_batch_rows_sum", "prequant_batch_tasks_sum")
+    }
     assert grown == {"prequant_batch_rows_count": 1, "prequant_batch_rows_sum": 5, "prequant_batch_tasks_sum": 4}
     assert after['prequant_rows_total{task="sst2"}'] - before['prequant_rows_total{task="sst2"}'] == 2
 
@@ -108,7 +139,7 @@ def test_a_long_text_is_cut_and_says_so(client):
     assert client.post("/predict", json=query("sst2", "river " * 30)).json()["is_cut"] is False
 
 
-# ---- limits and mistakes ---------------------------------------------------------------------------------------------------
+# ---- limits and mistakes ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -134,7 +165,9 @@ def test_a_long_text_is_cut_and_says_so(client):
 def test_a_bad_request_is_told_what_is_wrong(client, body, status, message):
     before = counts(client)["prequant_batch_rows_count"]
     content = json.dumps(body)  # httpx's own would refuse half of a surrogate pair
-    assert message in detail(client.post("/predict", content=content, headers={"content-type": "application/json"}), status)
+    assert message in detail(
+        client.post("/predict", content=content, headers={"content-type": "application/json"}), status
+    )
     assert counts(client)["prequant_batch_rows_count"] == before
 
 
@@ -158,7 +191,9 @@ def held(app):
 
 def in_background(client, body, answers):
     """A request of its own connection, started; its response goes to ``answers``."""
-    thread = threading.Thread(target=lambda: answers.append(httpx.post(f"{client.base_url}/predict", json=body, timeout=60)))
+    thread = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{client.base_url}/predict", json=body, timeout=60))
+    )
     thread.start()
     return thread
 
@@ -171,11 +206,15 @@ def test_a_full_queue_says_when_to_come_again(base, files):
         thread = in_background(client, [query("sst2")] * 2, answers)
         until(lambda: len(app.state.serving.batcher.queue) == 2)
         refused = client.post("/predict", json=query("sst2"))
-        assert detail(refused, 503) == "2 texts wait already, and at most 2 may" and refused.headers["retry-after"] == "1"
+        assert (
+            detail(refused, 503) == "2 texts wait already, and at most 2 may" and refused.headers["retry-after"] == "1"
+        )
         assert counts(client)["prequant_queue_rows"] == 2
         release.set()
         thread.join()
-        assert [answer.status_code for answer in answers] == [200] and client.post("/predict", json=query("sst2")).status_code == 200
+        assert [answer.status_code for answer in answers] == [200] and client.post(
+            "/predict", json=query("sst2")
+        ).status_code == 200
 
 
 def test_the_end_answers_what_is_queued_and_refuses_the_rest(base, files):
@@ -189,7 +228,11 @@ def test_the_end_answers_what_is_queued_and_refuses_the_rest(base, files):
         drain.start()
         until(lambda: app.state.serving.batcher.is_draining)
         refused = client.post("/predict", json=query("sst2"))
-        assert detail(refused, 503) == "the server is about to stop" and refused.headers["connection"] == "close" and refused.headers["retry-after"] == "1"
+        assert (
+            detail(refused, 503) == "the server is about to stop"
+            and refused.headers["connection"] == "close"
+            and refused.headers["retry-after"] == "1"
+        )
         health = client.get("/health")
         assert health.status_code == 503 and health.json() == {"status": "draining", "tasks": 1}
         release.set()
@@ -211,10 +254,13 @@ def test_a_fault_of_the_model_is_a_500_and_the_server_goes_on(base, files, monke
         patched.undo()
         assert client.post("/predict", json=query("sst2")).status_code == 200
         found = counts(client)
-        assert found["prequant_failed_rows_total"] == 1 and found['prequant_requests_total{method="POST",path="/predict",status="500"}'] == 1
+        assert (
+            found["prequant_failed_rows_total"] == 1
+            and found['prequant_requests_total{method="POST",path="/predict",status="500"}'] == 1
+        )
 
 
-# ---- tasks that come and go ------------------------------------------------------------------------------------------------
+# ---- tasks that come and go ------------------------------------------------------------------------------------------
 
 
 def test_a_task_is_loaded_answers_and_is_removed(changing, base, files):
@@ -247,10 +293,25 @@ def test_a_task_of_generated_data_has_no_names_of_glue(changing):
 @pytest.mark.parametrize(
     ("name", "body", "status", "message"),
     [
-        ("foreign", {"file": "foreign.task"}, 422, r"foreign.task was trained on the base [0-9a-f]{64} but the model's base is [0-9a-f]{64}"),
+        (
+            "foreign",
+            {"file": "foreign.task"},
+            422,
+            r"foreign.task was trained on the base [0-9a-f]{64} but the model's base is [0-9a-f]{64}",
+        ),
         ("damaged", {"file": "damaged.task"}, 422, "damaged.task is damaged or no task file"),
-        ("wide", {"file": "wide.task"}, 422, "wide.task has 5 labels but this server's head has 3: start the server with it among --tasks"),
-        ("endless", {"file": "endless.task"}, 422, "endless.task: max_length must be from 8 to 64, which the model has positions for, got 65"),
+        (
+            "wide",
+            {"file": "wide.task"},
+            422,
+            "wide.task has 5 labels but this server's head has 3: start the server with it among --tasks",
+        ),
+        (
+            "endless",
+            {"file": "endless.task"},
+            422,
+            "endless.task: max_length must be from 8 to 64, which the model has positions for, got 65",
+        ),
         ("x", {"file": "nosuch.task"}, 404, "no task file at nosuch.task"),
         ("x", {"file": "."}, 404, "no task file at ."),
         ("x", {"file": "../base/model.safetensors"}, 403, "file must be inside the folder of task files"),
@@ -281,7 +342,9 @@ def test_a_damaged_or_large_upload_is_refused(changing, spare):
     largest = changing.app.state.serving.backbone.max_task_bytes
     assert spare["second"].stat().st_size < largest < 5_000_000
     assert changing.put("/tasks/x", content=bytes(largest + 1), headers=headers).status_code == 413
-    assert "got 'text/plain'" in detail(changing.put("/tasks/x", content=b"x", headers={"content-type": "text/plain"}), 415)
+    assert "got 'text/plain'" in detail(
+        changing.put("/tasks/x", content=b"x", headers={"content-type": "text/plain"}), 415
+    )
     assert "JSON" in detail(changing.put("/tasks/x", content=b"{", headers={"content-type": "application/json"}), 422)
     assert len(changing.get("/tasks").json()["tasks"]) == 1
 
@@ -289,7 +352,9 @@ def test_a_damaged_or_large_upload_is_refused(changing, spare):
 def test_no_more_tasks_than_the_server_takes(changing):
     for name in ("a", "b"):
         assert changing.put(f"/tasks/{name}", json={"file": "topics.task"}).status_code == 201
-    assert "there are 3 tasks, and max_tasks is 3: remove one first" in detail(changing.put("/tasks/c", json={"file": "topics.task"}), 409)
+    assert "there are 3 tasks, and max_tasks is 3: remove one first" in detail(
+        changing.put("/tasks/c", json={"file": "topics.task"}), 409
+    )
     assert changing.put("/tasks/b", json={"file": "second.task"}).status_code == 200
 
 
@@ -297,11 +362,13 @@ def test_without_a_folder_the_tasks_stay(client, spare):
     assert client.get("/tasks").json()["can_change"] is False
     assert "started without --task-dir" in detail(client.put("/tasks/sst2", json={"file": "sst2.task"}), 403)
     headers = {"content-type": "application/octet-stream"}
-    assert "started without --task-dir" in detail(client.put("/tasks/sst2", content=spare["second"].read_bytes(), headers=headers), 403)
+    assert "started without --task-dir" in detail(
+        client.put("/tasks/sst2", content=spare["second"].read_bytes(), headers=headers), 403
+    )
     assert "started without --task-dir" in detail(client.delete("/tasks/sst2"), 403)
 
 
-# ---- health, metrics, page -------------------------------------------------------------------------------------------------
+# ---- health, metrics, page -------------------------------------------------------------------------------------------
 
 
 def test_health(client):
@@ -313,7 +380,8 @@ def test_health_before_the_model_runs_is_a_503(base, files):
     app = create_app(load(base, [files["sst2"]], Settings()), Settings())
 
     async def ask():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:  # runs no start-up
+        # runs no start-up
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             return await client.get("/health")
 
     found = asyncio.run(ask())
@@ -326,20 +394,27 @@ def test_metrics_are_in_the_text_format(client):
     found = client.get("/metrics")
     assert found.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8" and found.text.endswith("\n")
     for line in found.text.splitlines():
-        assert re.fullmatch(r'# (HELP|TYPE) prequant_\w+ .+|prequant_\w+(\{\w+="[^"]*"(,\w+="[^"]*")*\})? [0-9.e+-]+', line), line
+        assert re.fullmatch(
+            r'# (HELP|TYPE) prequant_\w+ .+|prequant_\w+(\{\w+="[^"]*"(,\w+="[^"]*")*\})? [0-9.e+-]+', line
+        ), line
     samples = counts(client)
     for name in ("prequant_batch_rows", "prequant_batch_tasks", "prequant_predict_seconds"):
         buckets = [value for key, value in samples.items() if key.startswith(f"{name}_bucket")]
-        assert buckets == sorted(buckets) and buckets[-1] == samples[f"{name}_count"] >= 1 and samples[f"{name}_sum"] > 0
+        assert (
+            buckets == sorted(buckets) and buckets[-1] == samples[f"{name}_count"] >= 1 and samples[f"{name}_sum"] > 0
+        )
     assert samples["prequant_tasks"] == 4 and samples["prequant_queue_rows"] == 0
-    assert samples['prequant_requests_total{method="POST",path="/predict",status="200"}'] == samples["prequant_predict_seconds_count"] - sum(
-        value for key, value in samples.items() if 'path="/predict"' in key and 'status="200"' not in key
-    )
+    assert samples['prequant_requests_total{method="POST",path="/predict",status="200"}'] == samples[
+        "prequant_predict_seconds_count"
+    ] - sum(value for key, value in samples.items() if 'path="/predict"' in key and 'status="200"' not in key)
     assert samples['prequant_requests_total{method="GET",path="other",status="404"}'] == 1
 
 
 def test_the_page_loads_nothing_from_elsewhere(client):
     found = client.get("/")
-    assert found.headers["content-type"].startswith("text/html") and "default-src 'none'" in found.headers["content-security-policy"]
+    assert (
+        found.headers["content-type"].startswith("text/html")
+        and "default-src 'none'" in found.headers["content-security-policy"]
+    )
     assert not re.search(r"https?://|//[a-z]+\.|@import|url\(|innerHTML", found.text)
     assert client.get("/docs").status_code == 404

@@ -1,4 +1,6 @@
-"""How a server starts and ends: what it refuses to serve, and that no request is lost while its tasks change and when it is told to stop."""
+"""How a server starts and ends: what it refuses to serve, and that no request is lost while its tasks change and when
+it is told to stop.
+"""
 
 import asyncio
 import os
@@ -70,7 +72,9 @@ def test_a_finished_classifier_serves_tasks_of_more_labels(base, files, folder):
 def test_the_head_has_room_for_the_widest_task(base, files, spare):
     found = load(base, [spare["wide"], files["sst2"]], Settings(max_length=16))
     answers = found.answer([Query("wide", TEXT), Query("sst2", TEXT)])
-    torch.testing.assert_close(values_of(answers[0]), direct_logits(base, spare["wide"], 5, TEXT).softmax(0), atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        values_of(answers[0]), direct_logits(base, spare["wide"], 5, TEXT).softmax(0), atol=2e-4, rtol=1e-4
+    )
     torch.testing.assert_close(values_of(answers[1]), expected(base, files["sst2"], "sst2"), atol=2e-4, rtol=1e-4)
     assert {task.max_length for task in found.tasks.values()} == {16}
 
@@ -79,7 +83,9 @@ def test_padding_changes_no_stored_value(base, files):
     """The zeros stay in the server: a head's tensors are those of the file, row by row."""
     _, tensors = load(base, [files["sst2"]], Settings()).read(files["sst2"])
     stored = load_file(files["sst2"])
-    assert tensors["classifier.weight"].shape == (3, 32) and torch.equal(tensors["classifier.weight"][:2], stored["classifier.weight"])
+    assert tensors["classifier.weight"].shape == (3, 32) and torch.equal(
+        tensors["classifier.weight"][:2], stored["classifier.weight"]
+    )
     assert not tensors["classifier.weight"][2].any() and not tensors["classifier.bias"][2].any()
     assert all(torch.equal(tensors[key], stored[key]) for key in stored if not key.startswith("classifier."))
 
@@ -107,7 +113,9 @@ def command(*arguments):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_what_cannot_be_served_is_refused_at_the_start(arguments, message, base, files, spare, folder, tmp_path, monkeypatch):
+def test_what_cannot_be_served_is_refused_at_the_start(
+    arguments, message, base, files, spare, folder, tmp_path, monkeypatch
+):
     monkeypatch.setattr(server, "serve", lambda *_: pytest.fail("it is served"))
     names = {key: path for key, path in (files | spare).items()} | {"base": base, "float": folder / "float"}
     if "{nameless}" in arguments:
@@ -141,20 +149,25 @@ def test_a_missing_library_names_the_extra(missing, base, files, monkeypatch):
         monkeypatch.delattr(f"prequant_ext.serve.{name}")
     monkeypatch.setitem(sys.modules, missing, None)
     result = command(base, "--tasks", files["sst2"])
-    assert result.exit_code == 2 and f"prequant serve needs {missing}, which is not installed: pip install 'prequant_ext[serve]'" in result.stderr
+    assert (
+        result.exit_code == 2
+        and f"prequant serve needs {missing}, which is not installed: pip install 'prequant_ext[serve]'"
+        in result.stderr
+    )
 
 
 def test_help_has_an_example():
     assert "Example: prequant serve base --tasks " in " ".join(command("--help").stdout.split())
 
 
-# ---- under load ------------------------------------------------------------------------------------------------------------
+# ---- under load ------------------------------------------------------------------------------------------------------
 
 REQUESTS, CLIENTS = 300, 16
 
 
 async def load_with_changes(url, files, spare, changes):
-    """(status, seconds, query, answer) of REQUESTS requests by CLIENTS clients, while tasks are replaced and removed all the time.
+    """(status, seconds, query, answer) of REQUESTS requests by CLIENTS clients, while tasks are replaced and removed
+    all the time.
 
     changes  is filled with the version of each loaded "swap": its file
     """
@@ -163,7 +176,9 @@ async def load_with_changes(url, files, spare, changes):
 
         async def ask(number):
             for turn in left:
-                body = [query("stsb"), query("topics"), {"task": "swap", "text": TEXT}, {"task": "gone", "text": TEXT}][turn % 4]
+                body = [query("stsb"), query("topics"), {"task": "swap", "text": TEXT}, {"task": "gone", "text": TEXT}][
+                    turn % 4
+                ]
                 begin = time.monotonic()
                 response = await client.post("/predict", json=body)
                 results.append((response.status_code, time.monotonic() - begin, body, response.json()))
@@ -177,7 +192,10 @@ async def load_with_changes(url, files, spare, changes):
                 if turn % 2:
                     assert (await client.delete("/tasks/gone")).status_code == 204
                 else:
-                    content = {"content": files["topics"].read_bytes(), "headers": {"content-type": "application/octet-stream"}}
+                    content = {
+                        "content": files["topics"].read_bytes(),
+                        "headers": {"content-type": "application/octet-stream"},
+                    }
                     assert (await client.put("/tasks/gone", **content)).status_code in (200, 201)
                 if len(results) == REQUESTS and turn % 2 == 0:
                     return
@@ -213,10 +231,15 @@ def test_no_request_is_lost_while_tasks_change_and_the_server_stops(base, files,
                 assert "no task 'gone'" in answer["detail"]
                 continue
             assert status == 200, answer
-            right = versions[changes[answer["version"]]] if task == "swap" else wanted["topics" if task == "gone" else task]
+            right = (
+                versions[changes[answer["version"]]] if task == "swap" else wanted["topics" if task == "gone" else task]
+            )
             torch.testing.assert_close(values_of(answer), right, atol=2e-4, rtol=1e-4)
         seconds = sorted(result[1] for result in results)
-        print(f"{REQUESTS} requests, {CLIENTS} clients, {len(changes)} swaps: p50 {1e3 * statistics.median(seconds):.0f} ms, p99 {1e3 * seconds[-4]:.0f} ms")
+        print(
+            f"{REQUESTS} requests, {CLIENTS} clients, {len(changes)} swaps: p50 "
+            f"{1e3 * statistics.median(seconds):.0f} ms, p99 {1e3 * seconds[-4]:.0f} ms"
+        )
         with httpx.Client(base_url=url, timeout=60) as client:
             found = counts(client)
             assert found["prequant_batch_tasks_sum"] > 1.5 * found["prequant_batch_tasks_count"]  # mixed, and

@@ -26,7 +26,9 @@ def train_a_little(model, seed=0):
 
 def adapted(base=None, name="default", **settings):
     """A model with one adapter that differs from the base."""
-    return train_a_little(get_peft_model(quantized() if base is None else base, PreQuantColumnsConfig(**settings), name)).eval()
+    return train_a_little(
+        get_peft_model(quantized() if base is None else base, PreQuantColumnsConfig(**settings), name)
+    ).eval()
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
-"""A headless browser for tests: ``python browser.py URL PICTURE STEPS`` opens a page, goes through the steps, and prints what they found as JSON.
+"""A headless browser for tests: ``python browser.py URL PICTURE STEPS`` opens a page, goes through the steps, and
+prints what they found as JSON.
 
-STEPS is a JSON list of JavaScript expressions. Each is evaluated again and again until it is neither false nor null, and then the next one is.
-The engine is Chromium as PyQt6-WebEngine packs it, without a display and without a GPU.
+STEPS is a JSON list of JavaScript expressions. Each is evaluated again and again until it is neither false nor null,
+and then the next one is. The engine is Chromium as PyQt6-WebEngine packs it, without a display and without a GPU.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""A pairwise covering set: every two values of two parameters meet in at least one case, in far fewer cases than all combinations."""
+"""A pairwise covering set: every two values of two parameters meet in at least one case, in far fewer cases than all
+combinations.
+"""
 
 from collections.abc import Iterator
 from itertools import combinations, product
@@ -11,12 +13,15 @@ def _pairs(case: dict[str, Any]) -> Iterator[tuple[str, Any, str, Any]]:
 
 
 def pairwise(**choices: list[Any]) -> list[dict[str, Any]]:
-    """Cases {name: value}, greedily: each begins with a pair not yet met, then gives every other parameter the value that meets most new pairs.
+    """Cases {name: value}, greedily: each begins with a pair not yet met, then gives every other parameter the value
+    that meets most new pairs.
 
     The same choices give the same cases; of equally good values the one used least so far wins.
     """
     missing = {
-        (first, a, second, b): None for first, second in combinations(choices, 2) for a, b in product(choices[first], choices[second])
+        (first, a, second, b): None
+        for first, second in combinations(choices, 2)
+        for a, b in product(choices[first], choices[second])
     }  # a dict keeps the order
     used = {(name, value): 0 for name, values in choices.items() for value in values}
     cases = []
@@ -42,5 +47,6 @@ def pairwise(**choices: list[Any]) -> list[dict[str, Any]]:
 def case_id(case: dict[str, Any]) -> str:
     """The case as a test's id: "M=3-K=65-float16"."""
     return "-".join(
-        str(value).removeprefix("torch.") if isinstance(value, str) or "torch." in str(value) else f"{name}={value}" for name, value in case.items()
+        str(value).removeprefix("torch.") if isinstance(value, str) or "torch." in str(value) else f"{name}={value}"
+        for name, value in case.items()
     )

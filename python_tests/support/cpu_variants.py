@@ -1,10 +1,13 @@
-"""Libraries of the CPU kernels that only tests use, each as torch.ops.<name>: levels that this CPU lacks, and instrumented ones.
+"""Libraries of the CPU kernels that only tests use, each as torch.ops.<name>: levels that this CPU lacks, and
+instrumented ones.
 
-    avx512, avxvnni    that level alone, its instructions emulated by those of AVX2 (csrc/emulator/isa): an x86-64 CPU with AVX2 runs them
+    avx512, avxvnni    that level alone, its instructions emulated by those of AVX2 (csrc/emulator/isa): an x86-64 CPU
+                       with AVX2 runs them
     sanitized          the levels that this CPU has, under AddressSanitizer and UndefinedBehaviorSanitizer
 
-A level that csrc/cpu/isa does not have yet is left out. PREQUANT_CPU_VARIANT=<variant> makes the tests take that library for the CPU's (conftest.py);
-the sanitized one loads only in environment(variant). One build.ninja in build/cpu_variants/ makes all of them; ninja decides what is out of date.
+A level that csrc/cpu/isa does not have yet is left out. PREQUANT_CPU_VARIANT=<variant> makes the tests take that
+library for the CPU's (conftest.py); the sanitized one loads only in environment(variant). One build.ninja in
+build/cpu_variants/ makes all of them; ninja decides what is out of date.
 """
 
 import functools
@@ -41,9 +44,12 @@ VARIANTS = {
     if variant.emulated_level in (None, *LEVELS)
 }
 
-# g++ 12 fails on vectors of 64 bytes without AVX-512 at -O2 (internal error), and such vectors are passed in no other way than here. An access through a
-# pointer off its type's alignment traps, as an aligned instruction of the level itself would.
-_EMULATED = "-O1 -mavx2 -mfma -mf16c -Wno-psabi -fsanitize=alignment -fsanitize-undefined-trap-on-error -I" + str(CSRC / "emulator" / "isa")
+# g++ 12 fails on vectors of 64 bytes without AVX-512 at -O2 (internal error), and such vectors are passed in no other
+# way than here. An access through a pointer off its type's alignment traps, as an aligned instruction of the level
+# itself would.
+_EMULATED = "-O1 -mavx2 -mfma -mf16c -Wno-psabi -fsanitize=alignment -fsanitize-undefined-trap-on-error -I" + str(
+    CSRC / "emulator" / "isa"
+)
 
 
 # The flag of /proc/cpuinfo that a level's instructions go by.
@@ -88,22 +94,29 @@ def _build_file() -> str:
     """build.ninja: host functions once, and for each variant its registration and its kernels."""
     file = native_libraries.BuildFile()
     host_flags = f"-O1 {native_libraries.STABLE_ABI}"
-    host_sources = [path for path in sorted(CSRC.glob("*.cpp")) if path.name != "ops.cpp"] + [CSRC / "cpu" / "parallel.cpp"]
+    host_sources = [path for path in sorted(CSRC.glob("*.cpp")) if path.name != "ops.cpp"] + [
+        CSRC / "cpu" / "parallel.cpp"
+    ]
     host = [file.compile(source, "host", host_flags) for source in host_sources]
     for name, variant in VARIANTS.items():
         sanitize = native_libraries.SANITIZE if variant.is_sanitized else "-O1"
         objects = [file.compile(CSRC / "ops.cpp", name, f"{host_flags} -DPREQUANT_LIBRARY={library(name)}")]
         if variant.is_sanitized:
-            objects += [file.compile(source, name, f"{native_libraries.STABLE_ABI} {sanitize}") for source in host_sources]
+            objects += [
+                file.compile(source, name, f"{native_libraries.STABLE_ABI} {sanitize}") for source in host_sources
+            ]
         else:
             objects += host
         if variant.emulated_level is None:
             for source in sorted((CSRC / "cpu" / "isa").glob("*.cpp")):
-                will_run = _CPU_FLAG.get(source.stem) in (None, *_cpu_flags())  # instrumented code takes minutes to compile
+                # instrumented code takes minutes to compile
+                will_run = _CPU_FLAG.get(source.stem) in (None, *_cpu_flags())
                 objects.append(file.compile(source, name, sanitize if will_run else "-O1"))
         else:
             level = f"-DPREQUANT_EMULATED_ISA={variant.emulated_level}"
-            objects.append(file.compile(CSRC / "cpu" / "isa" / f"{variant.emulated_level}.cpp", name, f"{level} {_EMULATED}"))
+            objects.append(
+                file.compile(CSRC / "cpu" / "isa" / f"{variant.emulated_level}.cpp", name, f"{level} {_EMULATED}")
+            )
             objects.append(file.compile(CSRC / "emulator" / "isa" / "only_level.cpp", name, f"-O1 {level}"))
         file.link(f"{library(name)}.so", objects, native_libraries.SANITIZE_LINK if variant.is_sanitized else "")
     return file.text()
@@ -111,7 +124,9 @@ def _build_file() -> str:
 
 def build(variant: str) -> Path:
     """The up-to-date library of this variant. Raises RuntimeError with the compiler's output."""
-    return native_libraries.build(FOLDER, _build_file(), f"{library(variant)}.so", f"the {variant} variant of the CPU kernels")
+    return native_libraries.build(
+        FOLDER, _build_file(), f"{library(variant)}.so", f"the {variant} variant of the CPU kernels"
+    )
 
 
 @functools.cache

@@ -1,8 +1,11 @@
-"""The emulated library: the CUDA kernels' own source, compiled by g++ and run on the CPU (csrc/emulator), as torch.ops.prequant_emulated.
+"""The emulated library: the CUDA kernels' own source, compiled by g++ and run on the CPU (csrc/emulator), as
+torch.ops.prequant_emulated.
 
     fast       for the tests of every operator
-    traced     counts memory traffic and finds races (python_tests/tools/tracing.py); its operators are torch.ops.prequant_traced
-    sanitized  AddressSanitizer and UndefinedBehaviorSanitizer; it loads only where LD_PRELOAD names their libraries: sanitizer_environment()
+    traced     counts memory traffic and finds races (python_tests/tools/tracing.py); its operators are
+               torch.ops.prequant_traced
+    sanitized  AddressSanitizer and UndefinedBehaviorSanitizer; it loads only where LD_PRELOAD names their libraries:
+               sanitizer_environment()
 
 One build.ninja in build/emulated/ makes all three; ninja decides what is out of date.
 """
@@ -22,10 +25,16 @@ from support import ROOT, native_libraries
 from support.native_libraries import CSRC
 
 FOLDER = ROOT / "build" / "emulated"
-LIBRARIES = {"fast": "prequant_emulated", "traced": "prequant_traced", "sanitized": "prequant_emulated"}  # torch.ops.<name>
+# torch.ops.<name>
+LIBRARIES = {"fast": "prequant_emulated", "traced": "prequant_traced", "sanitized": "prequant_emulated"}
 
-# -O1 compiles in half the time of -O2 and emulates as fast. As under nvcc, memory may be read as another type than it was written.
-_KERNEL_FLAGS = {"fast": "-O1", "traced": "-O1 -g -DPREQUANT_TRACED -fsanitize=thread", "sanitized": native_libraries.SANITIZE}
+# -O1 compiles in half the time of -O2 and emulates as fast. As under nvcc, memory may be read as another type than it
+# was written.
+_KERNEL_FLAGS = {
+    "fast": "-O1",
+    "traced": "-O1 -g -DPREQUANT_TRACED -fsanitize=thread",
+    "sanitized": native_libraries.SANITIZE,
+}
 _EMULATOR_FLAGS = {"fast": "-O2", "traced": "-O2 -DPREQUANT_TRACED", "sanitized": native_libraries.SANITIZE}
 
 
@@ -36,7 +45,9 @@ def nvcc() -> str | None:
 
 @functools.cache
 def cuda_include() -> Path | None:
-    """The folder of CUDA's headers; None where there is no nvcc. The nvcc on PATH may be a wrapper: its dry run tells where the toolkit lies."""
+    """The folder of CUDA's headers; None where there is no nvcc. The nvcc on PATH may be a wrapper: its dry run tells
+    where the toolkit lies.
+    """
     if nvcc() is None:
         return None
     dry_run = subprocess.run([nvcc(), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
@@ -51,16 +62,22 @@ def _build_file(cuda_headers: Path) -> str:
     stable_abi = f"-O1 {native_libraries.STABLE_ABI}"
     sources = [path for path in sorted(CSRC.glob("*.cpp")) if path.name != "ops.cpp"]
     host = [file.compile(source, "host", stable_abi) for source in sources]
-    registered = {name: file.compile(CSRC / "ops.cpp", name, f"{stable_abi} -DPREQUANT_LIBRARY={name}") for name in sorted(set(LIBRARIES.values()))}
+    registered = {
+        name: file.compile(CSRC / "ops.cpp", name, f"{stable_abi} -DPREQUANT_LIBRARY={name}")
+        for name in sorted(set(LIBRARIES.values()))
+    }
     for variant, library in LIBRARIES.items():
-        # In this order: of an inline function the linker takes the first copy. The emulator's must not be an instrumented one, the kernels' must.
+        # In this order: of an inline function the linker takes the first copy. The emulator's must not be an
+        # instrumented one, the kernels' must.
         objects = []
         tracer = sorted((CSRC / "emulator" / "tracer").glob("*.cpp")) if variant == "traced" else []
         for source in sorted((CSRC / "emulator").glob("*.cpp")) + tracer:
             objects.append(file.compile(source, variant, f"{_EMULATOR_FLAGS[variant]} -DPREQUANT_LIBRARY={library}"))
         for source in sorted((CSRC / "cuda").glob("*.cu")) + sorted((CSRC / "emulator").glob("*.cu")):
             objects.append(file.compile(source, variant, f"{_KERNEL_FLAGS[variant]} -fno-strict-aliasing -x c++"))
-        link_flags = f"-Wl,--wrap=torch_call_dispatcher {native_libraries.SANITIZE_LINK if variant == 'sanitized' else ''}"
+        link_flags = (
+            f"-Wl,--wrap=torch_call_dispatcher {native_libraries.SANITIZE_LINK if variant == 'sanitized' else ''}"
+        )
         file.link(f"{variant}/{library}.so", [*objects, *host, registered[library]], link_flags)
     return file.text()
 
@@ -70,11 +87,15 @@ def build(variant: str = "fast") -> Path:
     cuda_headers = cuda_include()
     if cuda_headers is None:
         raise RuntimeError("the emulated library needs CUDA's headers, and nvcc is not installed")
-    return native_libraries.build(FOLDER, _build_file(cuda_headers), f"{variant}/{LIBRARIES[variant]}.so", "the emulated library")
+    return native_libraries.build(
+        FOLDER, _build_file(cuda_headers), f"{variant}/{LIBRARIES[variant]}.so", "the emulated library"
+    )
 
 
 def load(variant: str = "fast") -> ModuleType:
-    """Build and load it: registers torch.ops.<LIBRARIES[variant]> with fakes and gradients, and returns the module of csrc/emulator/bind.cpp."""
+    """Build and load it: registers torch.ops.<LIBRARIES[variant]> with fakes and gradients, and returns the module of
+    csrc/emulator/bind.cpp.
+    """
     return _load(variant)  # the cache takes load() and load("fast") for two calls
 
 
@@ -92,7 +113,9 @@ def _load(variant: str) -> ModuleType:
 
 
 def c_functions(path: Path) -> ctypes.CDLL:
-    """The library's kernels for tests of the emulator itself: csrc/emulator/conformance.cu and defects.cu. Each returns None or an error."""
+    """The library's kernels for tests of the emulator itself: csrc/emulator/conformance.cu and defects.cu. Each returns
+    None or an error.
+    """
     library = ctypes.CDLL(str(path))
     for name in ("prequant_conformance", "prequant_defect"):
         if hasattr(library, name):  # nvcc compiles one of the two

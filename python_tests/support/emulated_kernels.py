@@ -1,4 +1,6 @@
-"""The emulated library's own module: the maps of csrc/formats.h, and kernels by the addresses of their operands (csrc/emulator/unchecked.cpp)."""
+"""The emulated library's own module: the maps of csrc/formats.h, and kernels by the addresses of their operands
+(csrc/emulator/unchecked.cpp).
+"""
 
 import os
 from types import ModuleType

@@ -1,8 +1,10 @@
 """The integers that every level of the CPU and the GPU's kernels must make alike, as digests of the operators' results.
 
-    PYTHONPATH=python_tests python -m support.integer_bits      a JSON object on the last line: the library's level, and case -> digest
+    PYTHONPATH=python_tests python -m support.integer_bits      a JSON object on the last line: the library's level, and
+                                                                case -> digest
 
-Float results are in it where float32 holds them exactly: products with scales that are powers of two, whatever the order of their sums.
+Float results are in it where float32 holds them exactly: products with scales that are powers of two, whatever the
+order of their sums.
 """
 
 import hashlib
@@ -30,7 +32,9 @@ def digest(*tensors: Tensor) -> str:
 
 
 def exact_product(layer: Layer, per_token: bool) -> Tensor:
-    """linear_w4a8 in float32 on random codes; every scale is a power of two, near enough to each other that no sum is rounded."""
+    """linear_w4a8 in float32 on random codes; every scale is a power of two, near enough to each other that no sum is
+    rounded.
+    """
     generator = torch.Generator().manual_seed(7)
     packed, scale, zero_point = random_weight(layer, "cpu")
     tokens = layer.M if per_token else 1
@@ -44,7 +48,22 @@ def exact_product(layer: Layer, per_token: bool) -> Tensor:
     sums = codes.view(layer.M, scale.shape[1], layer.K // scale.shape[1]).sum(2, dtype=torch.int32)
     dims, values = torch.zeros(0, dtype=torch.int64), torch.zeros((layer.N, 0) if layer.axis == 1 else (0, layer.K))
     x = torch.zeros(layer.M, layer.K)
-    y = ops.linear_w4a8(x, codes, x_scale, x_zero_point, sums, packed, scale, zero_point, dims, values, None, layer.bits, layer.axis, False)
+    y = ops.linear_w4a8(
+        x,
+        codes,
+        x_scale,
+        x_zero_point,
+        sums,
+        packed,
+        scale,
+        zero_point,
+        dims,
+        values,
+        None,
+        layer.bits,
+        layer.axis,
+        False,
+    )
     assert layer.M == 0 or (y / x_scale / scale[:, :1].T).abs().max() < _LARGEST, "the case is too deep to be exact"
     return y
 
@@ -66,12 +85,18 @@ def digests() -> Iterator[tuple[str, str]]:
         mean, std = (part.reshape(1, 1) for part in reference.weight_stats(dense, N * K)[:2])
         counts = ops.outlier_counts(dense, mean, std, 1.5)
         yield f"outlier_counts: {name}", digest(*counts)
-        yield f"select_outlier_dims: {name}", digest(ops.select_outlier_dims(*counts[:2], min(5, K)), ops.select_outlier_dims(*counts[2:], min(5, N)))
+        yield (
+            f"select_outlier_dims: {name}",
+            digest(ops.select_outlier_dims(*counts[:2], min(5, K)), ops.select_outlier_dims(*counts[2:], min(5, N))),
+        )
         yield f"quantize_pack: {name}", digest(ops.quantize_pack(dense, scale, zero_point, bits, dims, layer.axis))
         for per_token in (True, False):
             x = random_matrix(M, K, layer.dtype, "cpu") * 3 + 0.5
             kind = "token" if per_token else "tensor"
-            yield f"quantize_activations, {kind}: {name}", digest(*ops.quantize_activations(x, per_token, 0 if scale.shape[1] == 1 else group_size))
+            yield (
+                f"quantize_activations, {kind}: {name}",
+                digest(*ops.quantize_activations(x, per_token, 0 if scale.shape[1] == 1 else group_size)),
+            )
             yield f"linear_w4a8, {kind}: {name}", digest(exact_product(replace(layer, dtype=F32), per_token))
 
 

@@ -26,7 +26,10 @@ class Layer:
 
     def __str__(self) -> str:
         blocks = f"{self.blocks}{self.group_size or ''}"
-        return f"M{self.M} K{self.K} N{self.N} r{self.r} axis{self.axis} {blocks} {self.bits}bit {str(self.dtype).removeprefix('torch.')}"
+        return (
+            f"M{self.M} K{self.K} N{self.N} r{self.r} axis{self.axis} {blocks} {self.bits}bit "
+            f"{str(self.dtype).removeprefix('torch.')}"
+        )
 
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -60,8 +63,8 @@ LAYERS = {
 GROUPS = 2  # of the cases with blocks="group", unless K is a multiple of 32
 
 
-# What the kernels of linear operators branch on. Numbers lie on a tile's edge, or one past it: tokens are taken 8, 16 and 64 at a time, columns k 64 and
-# 128 (copied 8 by 8), rows n 16, 128 and 256, outliers 16.
+# What the kernels of linear operators branch on. Numbers lie on a tile's edge, or one past it: tokens are taken 8, 16
+# and 64 at a time, columns k 64 and 128 (copied 8 by 8), rows n 16, 128 and 256, outliers 16.
 FACTORS = {
     "M": (0, 1, 3, 8, 16, 17, 63, 64, 65, 128, 200),
     "K": (24, 64, 65, 128, 200, 320),
@@ -74,7 +77,9 @@ FACTORS = {
 
 
 def covering(dtypes: Sequence[torch.dtype], **factors: Sequence) -> dict[str, Layer]:
-    """Layers in which every two values of FACTORS (or of those given) meet; r is cut to its axis, and groups are of 64 in the next K that has some."""
+    """Layers in which every two values of FACTORS (or of those given) meet; r is cut to its axis, and groups are of 64
+    in the next K that has some.
+    """
     layers = []
     for case in pairwise(**{name: list(values) for name, values in {**FACTORS, "dtype": dtypes, **factors}.items()}):
         if case["blocks"] == "group":
@@ -113,7 +118,9 @@ def random_matrix(rows: int, cols: int, dtype: torch.dtype, device: str, seed: i
 
 
 def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """The largest error is at most twice that of plain torch in the same dtype, or 4 ulp of the largest value; both against float64."""
+    """The largest error is at most twice that of plain torch in the same dtype, or 4 ulp of the largest value; both
+    against float64.
+    """
     assert actual.shape == exact.shape
     if exact.numel() == 0:
         return
@@ -121,18 +128,26 @@ def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
     error = (actual.double() - exact.double()).abs().max().item()
     plain_error = (plain.double() - exact.double()).abs().max().item()
     ulp = torch.finfo(actual.dtype).eps * exact.double().abs().max().item()
-    assert error <= max(2 * plain_error, 4 * ulp), f"error {error:.3g}, plain torch {plain_error:.3g}, ulp of the largest value {ulp:.3g}"
+    assert error <= max(2 * plain_error, 4 * ulp), (
+        f"error {error:.3g}, plain torch {plain_error:.3g}, ulp of the largest value {ulp:.3g}"
+    )
 
 
 def block_bound(a: Tensor, weight: Tensor) -> Tensor:
-    """What rounding ``a`` (M, depth) to int16 in blocks of 128 columns may cost ``a @ weight``: 2^-15 * sum over blocks of max|a| * sum|weight|."""
+    """What rounding ``a`` (M, depth) to int16 in blocks of 128 columns may cost ``a @ weight``: 2^-15 * sum over blocks
+    of max|a| * sum|weight|.
+    """
     blocks = zip(a.double().abs().split(128, dim=1), weight.double().abs().split(128), strict=True)
     return 2.0**-15 * sum(part.amax(1, keepdim=True) * rows.sum(0) for part, rows in blocks)
 
 
 def uneven_matrix(rows: int, cols: int, dtype: torch.dtype, device: str) -> Tensor:
     """Values over several orders of magnitude, as gradients have them."""
-    return (random_matrix(rows, cols, F32, "cpu") * random_matrix(rows, cols, F32, "cpu", seed=12).mul(2).exp()).to(dtype).to(device)
+    return (
+        (random_matrix(rows, cols, F32, "cpu") * random_matrix(rows, cols, F32, "cpu", seed=12).mul(2).exp())
+        .to(dtype)
+        .to(device)
+    )
 
 
 def assert_identical(actual: Tensor, expected: Tensor) -> None:

@@ -10,7 +10,9 @@ def random_weight(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def quantized(weight: torch.Tensor, axis: str = "input", *, name: str = "encoder.query.weight", hidden_size=None, **settings) -> QuantizedMatrix:
+def quantized(
+    weight: torch.Tensor, axis: str = "input", *, name: str = "encoder.query.weight", hidden_size=None, **settings
+) -> QuantizedMatrix:
     return quantize_matrix(weight, PreQuantConfig(**settings), name=name, axis=axis, hidden_size=hidden_size)
 
 

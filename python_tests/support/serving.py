@@ -1,4 +1,6 @@
-"""What the tests of the server share: a tiny base with task files, direct answers to compare with, and a running server."""
+"""What the tests of the server share: a tiny base with task files, direct answers to compare with, and a running
+server.
+"""
 
 import contextlib
 import json
@@ -45,7 +47,10 @@ def save_random_task(base: str, path: Path, name: str, num_labels: int, seed: in
 def save_tasks(base: str, folder: Path) -> dict[str, Path]:
     """A task file in ``folder`` for each of TASKS."""
     folder.mkdir()
-    return {name: save_random_task(base, folder / f"{name}.task", name, labels, seed) for seed, (name, labels) in enumerate(TASKS.items())}
+    return {
+        name: save_random_task(base, folder / f"{name}.task", name, labels, seed)
+        for seed, (name, labels) in enumerate(TASKS.items())
+    }
 
 
 def save_spare_tasks(base: str, files: dict[str, Path], folder: Path) -> dict[str, Path]:

@@ -1,6 +1,7 @@
 """Two-block models of every family with random weights, and one that no family knows.
 
-The heads together are wider than the hidden size where a configuration allows it: shapes then tell readers from writers.
+The heads together are wider than the hidden size where a configuration allows it: shapes then tell readers from
+writers.
 """
 
 import copy
@@ -8,13 +9,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from prequant_ext.families import Family
 
 HIDDEN, VOCAB = 32, 50
 
-_BERT = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 40}
+_BERT = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 40,
+}
 _LLAMA = {**_BERT, "num_key_value_heads": 2, "head_dim": 12, "pad_token_id": 0}
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -24,10 +38,40 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "distilbert": {"dim": HIDDEN, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 40},
     "electra": {**_BERT, "embedding_size": 16},
     "mpnet": _BERT,
-    "deberta-v2": {**_BERT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": False, "position_buckets": 8},
-    "modernbert": {**_BERT, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2},
-    "t5": {"d_model": HIDDEN, "num_layers": 2, "num_decoder_layers": 2, "d_ff": 64, "d_kv": 12, "num_heads": 4, "eos_token_id": 1, "decoder_start_token_id": 0},
-    "gpt2": {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1},
+    "deberta-v2": {
+        **_BERT,
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "share_att_key": False,
+        "position_buckets": 8,
+    },
+    "modernbert": {
+        **_BERT,
+        "pad_token_id": 0,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "t5": {
+        "d_model": HIDDEN,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "d_ff": 64,
+        "d_kv": 12,
+        "num_heads": 4,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+    },
+    "gpt2": {
+        "n_embd": HIDDEN,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 40,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    },
     "opt": {**_BERT, "ffn_dim": 64, "word_embed_proj_dim": 16},
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -37,7 +81,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
 }
-_CLASSES = {"base": AutoModel, "classifier": AutoModelForSequenceClassification, "masked_lm": AutoModelForMaskedLM, "causal_lm": AutoModelForCausalLM}
+_CLASSES = {
+    "base": AutoModel,
+    "classifier": AutoModelForSequenceClassification,
+    "masked_lm": AutoModelForMaskedLM,
+    "causal_lm": AutoModelForCausalLM,
+}
 
 
 def tiny_model(model_type: str, head: str = "classifier", *, device: str = "cpu", **changes: Any) -> PreTrainedModel:
@@ -58,7 +107,10 @@ def from_config(config: Any, model_class: Any, device: str = "cpu") -> PreTraine
 
 
 def token_ids() -> torch.Tensor:
-    return torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1)).index_fill(1, torch.tensor([6]), 1)  # T5's classifier wants an end
+    # T5's classifier wants an end
+    return torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1)).index_fill(
+        1, torch.tensor([6]), 1
+    )
 
 
 @torch.no_grad()
@@ -78,7 +130,9 @@ class Plain(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.table = nn.Embedding(20, 16)
-        self.blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(16, 24), "down": nn.Linear(24, 16)}) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(16, 24), "down": nn.Linear(24, 16)}) for _ in range(2)
+        )
         self.classifier = nn.Linear(16, 3)
 
     def forward(self, ids):
@@ -93,8 +147,16 @@ PLAIN_FAMILY = Family({"encoder": "blocks"}, reads=("up",), writes=("down",), he
 
 def snapshot(model):
     """Everything that a refusal must leave alone."""
-    tensors = {name: (id(parameter), parameter.requires_grad, parameter.detach().clone()) for name, parameter in model.named_parameters()}
-    return tensors, {name: id(module) for name, module in model.named_modules()}, sorted(vars(model)), copy.deepcopy(getattr(model, "config", None))
+    tensors = {
+        name: (id(parameter), parameter.requires_grad, parameter.detach().clone())
+        for name, parameter in model.named_parameters()
+    }
+    return (
+        tensors,
+        {name: id(module) for name, module in model.named_modules()},
+        sorted(vars(model)),
+        copy.deepcopy(getattr(model, "config", None)),
+    )
 
 
 def assert_unchanged(model, before):

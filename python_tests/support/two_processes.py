@@ -1,4 +1,5 @@
-"""Trains the toy BERT under DDP and under FSDP2, each process on its half of every batch; test_distributed.py starts two by torchrun.
+"""Trains the toy BERT under DDP and under FSDP2, each process on its half of every batch; test_distributed.py starts
+two by torchrun.
 
 torchrun --nproc-per-node 2 two_processes.py FOLDER      writes what each process has in the end
 """
@@ -37,7 +38,9 @@ def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def train(model: nn.Module, rank: int = 0, processes: int = 1) -> None:
-    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1, momentum=0.9
+    )
     for ids, labels in batches():
         optimizer.zero_grad()
         model(input_ids=ids.chunk(processes)[rank], labels=labels.chunk(processes)[rank]).loss.backward()
@@ -45,7 +48,9 @@ def train(model: nn.Module, rank: int = 0, processes: int = 1) -> None:
 
 
 def live_through_tasks(model: nn.Module, folder: Path, name: str, rank: int = 0, processes: int = 1) -> None:
-    """Train the task of fsdp0.task on, then a new one, then the first again: the switch back comes after a forward pass that no backward follows."""
+    """Train the task of fsdp0.task on, then a new one, then the first again: the switch back comes after a forward pass
+    that no backward follows.
+    """
     load_task(model, folder / "fsdp0.task", "first")
     train(model, rank, processes)
     add_task(model, "second")

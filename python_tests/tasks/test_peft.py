@@ -6,7 +6,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from prequant_ext import PreQuantConfig, PreQuantLinear, add_task, load_task, merge, quantize_model, save_task, trainable_parameters
+from prequant_ext import (
+    PreQuantConfig,
+    PreQuantLinear,
+    add_task,
+    load_task,
+    merge,
+    quantize_model,
+    save_task,
+    trainable_parameters,
+)
 from prequant_ext.task_file import read_task, task_tensors
 from support.tiny_models import SETTINGS, VOCAB, assert_unchanged, from_config, snapshot, tiny_model, token_ids
 
@@ -42,14 +51,17 @@ def separate(model, ids, names, answer=lambda model, row: model(input_ids=row).l
 
 def test_the_peft_minor_is_the_one_the_tuner_was_read_against():
     assert version("peft").startswith("0.21."), (
-        "peft's internals move between minors. Check in the new one, then move this line and the bound in pyproject.toml: the four names that peft.py imports "
-        "from peft.mapping, peft.tuners.tuners_utils and peft.utils.other; the BaseTuner methods that PreQuantColumnsModel overrides, and that "
-        "inject_adapter calls _check_new_adapter_config first; that ModulesToSaveWrapper takes adapter_names and matches names by their end; the keys of a "
+        "peft's internals move between minors. Check in the new one, then move this line and the bound in "
+        "pyproject.toml: the four names that peft.py imports "
+        "from peft.mapping, peft.tuners.tuners_utils and peft.utils.other; the BaseTuner methods that "
+        "PreQuantColumnsModel overrides, and that "
+        "inject_adapter calls _check_new_adapter_config first; that ModulesToSaveWrapper takes adapter_names and "
+        "matches names by their end; the keys of a "
         "saved adapter; transformers.integrations.peft.MIN_PEFT_VERSION"
     )
 
 
-# ---- what an adapter is -------------------------------------------------------------------------------------------------
+# ---- what an adapter is ----------------------------------------------------------------------------------------------
 
 
 def test_a_new_adapter_answers_as_the_base_and_trains_what_a_task_trains():
@@ -69,7 +81,11 @@ def test_gradients_are_those_of_the_quantized_model():
     for each in (model, wrapped):
         each.eval()(input_ids=token_ids(), labels=torch.tensor([0, 1])).loss.backward()
     layers = dict(model.named_modules())
-    tuned = {name: module for name, module in wrapped.base_model.model.named_modules() if isinstance(module, PreQuantColumnsLayer)}
+    tuned = {
+        name: module
+        for name, module in wrapped.base_model.model.named_modules()
+        if isinstance(module, PreQuantColumnsLayer)
+    }
     assert len(tuned) == 12
     for name, layer in tuned.items():
         assert torch.equal(layer.prequant_columns_weight["default"].grad, layers[name].outlier_weight.grad)
@@ -78,10 +94,19 @@ def test_gradients_are_those_of_the_quantized_model():
 
 def test_adapters_share_the_codes():
     model = quantized()
-    codes = {id(module): module.weight_packed.data_ptr() for module in model.modules() if isinstance(module, PreQuantLinear)}
-    base, own = (sum(parameter.nbytes for parameter in parameters) for parameters in (model.parameters(), task_tensors(model).values()))
+    codes = {
+        id(module): module.weight_packed.data_ptr() for module in model.modules() if isinstance(module, PreQuantLinear)
+    }
+    base, own = (
+        sum(parameter.nbytes for parameter in parameters)
+        for parameters in (model.parameters(), task_tensors(model).values())
+    )
     wrapped = two_adapters(model)
-    assert {id(module): module.weight_packed.data_ptr() for module in wrapped.modules() if isinstance(module, PreQuantLinear)} == codes
+    assert {
+        id(module): module.weight_packed.data_ptr()
+        for module in wrapped.modules()
+        if isinstance(module, PreQuantLinear)
+    } == codes
     assert sum(parameter.nbytes for parameter in wrapped.parameters()) == base + 2 * own
 
 
@@ -141,11 +166,13 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         model(input_ids=token_ids(), labels=torch.tensor([0, 1])).loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad})
+        gradients.append(
+            {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+        )
     assert all(torch.equal(gradients[0][name], gradient) for name, gradient in gradients[1].items())
 
 
-# ---- mixed batches ------------------------------------------------------------------------------------------------------
+# ---- mixed batches ---------------------------------------------------------------------------------------------------
 
 
 MIXED = {
@@ -164,7 +191,9 @@ def test_a_mixed_batch_equals_the_separate_runs(model_type, settings):
     wanted = separate(model, batch(), NAMES)
     with torch.no_grad():
         active = model(input_ids=batch()).logits  # mrpc in every row
-        assert not torch.allclose(active[1], wanted[1], atol=1e-3) and not torch.allclose(active[2], wanted[2], atol=1e-3)
+        assert not torch.allclose(active[1], wanted[1], atol=1e-3) and not torch.allclose(
+            active[2], wanted[2], atol=1e-3
+        )
         torch.testing.assert_close(model(input_ids=batch(), adapter_names=NAMES).logits, wanted, atol=2e-4, rtol=1e-4)
     assert torch.equal(logits(model), logits(model, adapter_names=None))
 
@@ -175,7 +204,13 @@ def test_one_product_a_layer_whatever_the_number_of_adapters():
     for names in (["mrpc"] * 4, NAMES):
         with torch.no_grad(), torch.profiler.profile() as profile:
             model(input_ids=batch(), adapter_names=names)
-        counts.append({event.key: event.count for event in profile.key_averages() if event.key in ("prequant::linear_w4a8", "aten::bmm")})
+        counts.append(
+            {
+                event.key: event.count
+                for event in profile.key_averages()
+                if event.key in ("prequant::linear_w4a8", "aten::bmm")
+            }
+        )
     assert counts[0] == counts[1] and counts[0]["prequant::linear_w4a8"] == 12
 
 
@@ -219,7 +254,7 @@ def test_a_head_that_cannot_follow_its_rows_is_refused():
         logits(model, adapter_names=["mrpc", "sst2"])
 
 
-# ---- back ---------------------------------------------------------------------------------------------------------------
+# ---- back ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [None, "mrpc"])
@@ -238,11 +273,17 @@ def test_merging_gives_the_float_model_of_one_adapter(tmp_path, name):
 
 def test_unloading_gives_the_base_back():
     base = quantized()
-    state, answer, trained = {key: tensor.clone() for key, tensor in base.state_dict().items()}, logits(base), len(trainable_parameters(base))
+    state, answer, trained = (
+        {key: tensor.clone() for key, tensor in base.state_dict().items()},
+        logits(base),
+        len(trainable_parameters(base)),
+    )
     back = two_adapters(base).unload()
     assert back is base and back.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[key]) for key, tensor in back.state_dict().items())
-    assert torch.equal(logits(back), answer) and sum(parameter.requires_grad for parameter in back.parameters()) == trained
+    assert (
+        torch.equal(logits(back), answer) and sum(parameter.requires_grad for parameter in back.parameters()) == trained
+    )
 
 
 @pytest.mark.parametrize(("names", "got"), [(["mrpc", "sst2"], r"\['mrpc', 'sst2'\]"), (["c"], r"\['c'\]")])
@@ -257,12 +298,17 @@ def test_one_adapter_that_exists_is_merged(names, got):
 def test_a_safe_merge_refuses_values_that_are_not_finite():
     model = adapted()
     with torch.no_grad():
-        model.base_model.model.bert.encoder.layer[1].output.dense.prequant_columns_weight["default"][0, 0] = float("inf")
-    with pytest.raises(ValueError, match=r"the outlier weights of bert.encoder.layer.1.output.dense in the adapter 'default' are not finite"):
+        model.base_model.model.bert.encoder.layer[1].output.dense.prequant_columns_weight["default"][0, 0] = float(
+            "inf"
+        )
+    with pytest.raises(
+        ValueError,
+        match=r"the outlier weights of bert.encoder.layer.1.output.dense in the adapter 'default' are not finite",
+    ):
         model.merge_and_unload(safe_merge=True)
 
 
-# ---- tasks --------------------------------------------------------------------------------------------------------------
+# ---- tasks -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_task_file_becomes_an_adapter_and_back(tmp_path):
@@ -274,7 +320,11 @@ def test_a_task_file_becomes_an_adapter_and_back(tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(quantized("roberta"), tmp_path / "adapter")), logits(model))
     adapter_to_task(tmp_path / "adapter", tmp_path / "again.task", "a", {"score": 0.5})
     (metadata, tensors), (again, copies) = read_task(tmp_path / "a.task"), read_task(tmp_path / "again.task")
-    assert again == metadata and copies.keys() == tensors.keys() and all(torch.equal(copies[key], tensors[key]) for key in tensors)
+    assert (
+        again == metadata
+        and copies.keys() == tensors.keys()
+        and all(torch.equal(copies[key], tensors[key]) for key in tensors)
+    )
 
 
 def test_a_task_of_scales_becomes_no_adapter(tmp_path):
@@ -284,7 +334,7 @@ def test_a_task_of_scales_becomes_no_adapter(tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
-# ---- refusals -----------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 def with_a_task():
@@ -318,11 +368,16 @@ def test_a_head_parameter_of_no_module_is_refused():
         get_peft_model(model, PreQuantColumnsConfig())
 
 
-ACTIONS = {"add_task": lambda model, path: add_task(model, "a"), "save_task": lambda model, path: save_task(model, "a", path / "a.task")}
+ACTIONS = {
+    "add_task": lambda model, path: add_task(model, "a"),
+    "save_task": lambda model, path: save_task(model, "a", path / "a.task"),
+}
 
 
 @pytest.mark.parametrize("act", ACTIONS.values(), ids=ACTIONS)
 def test_a_wrapped_model_takes_no_tasks(tmp_path, act):
-    with pytest.raises(ValueError, match=r"model is wrapped by PEFT \(bert.encoder.layer.0.attention.self.query.base_layer\)"):
+    with pytest.raises(
+        ValueError, match=r"model is wrapped by PEFT \(bert.encoder.layer.0.attention.self.query.base_layer\)"
+    ):
         act(adapted().base_model.model, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -23,7 +23,8 @@ from support.adapters import adapted, logits, quantized, two_adapters
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize(
-    ("model_type", "task_type"), [("bert", None), ("bert", "SEQ_CLS"), ("roberta", "SEQ_CLS"), ("t5", None), ("modernbert", None), ("gpt2", None)]
+    ("model_type", "task_type"),
+    [("bert", None), ("bert", "SEQ_CLS"), ("roberta", "SEQ_CLS"), ("t5", None), ("modernbert", None), ("gpt2", None)],
 )
 def test_an_adapter_comes_back_bit_for_bit_on_a_fresh_base(tmp_path, model_type, task_type, low_cpu_mem_usage):
     tuned = adapted(quantized(model_type), task_type=task_type)
@@ -38,7 +39,10 @@ def test_low_cpu_mem_usage_keeps_the_values_of_a_bfloat16_base(tmp_path):
     model = PeftModel.from_pretrained(quantized().to(torch.bfloat16), tmp_path, low_cpu_mem_usage=True)
     stored = load_file(tmp_path / "adapter_model.safetensors")
     layer = model.base_model.model.bert.encoder.layer[0].output.dense
-    assert torch.equal(layer.prequant_columns_weight["default"], stored["base_model.model.bert.encoder.layer.0.output.dense.prequant_columns_weight"])
+    assert torch.equal(
+        layer.prequant_columns_weight["default"],
+        stored["base_model.model.bert.encoder.layer.0.output.dense.prequant_columns_weight"],
+    )
 
 
 def test_the_file_holds_outlier_weights_in_float32_and_the_head(tmp_path):
@@ -48,7 +52,9 @@ def test_the_file_holds_outlier_weights_in_float32_and_the_head(tmp_path):
     head = {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
     for name in ("mrpc", "sst2"):
         tensors = load_file(tmp_path / name / "adapter_model.safetensors")
-        assert set(tensors) == {f"base_model.model.{own}" for own in {*head, *(f"{layer}.prequant_columns_weight" for layer in layers)}}
+        assert set(tensors) == {
+            f"base_model.model.{own}" for own in {*head, *(f"{layer}.prequant_columns_weight" for layer in layers)}
+        }
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
@@ -56,7 +62,9 @@ def test_modules_to_save_come_beside_the_head(tmp_path):
     model = adapted(modules_to_save=["LayerNorm"])
     assert model.peft_config["default"].modules_to_save == ["LayerNorm", "bert.pooler.dense", "classifier"]
     model.save_pretrained(tmp_path)
-    assert "base_model.model.bert.encoder.layer.1.output.LayerNorm.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    assert "base_model.model.bert.encoder.layer.1.output.LayerNorm.weight" in load_file(
+        tmp_path / "adapter_model.safetensors"
+    )
     assert torch.equal(logits(PeftModel.from_pretrained(quantized(), tmp_path)), logits(model))
 
 
@@ -69,7 +77,9 @@ def test_a_head_that_is_wrapped_whole_is_wrapped_whole_for_the_next_adapter():
 
 def test_a_head_that_is_wrapped_in_parts_is_not_wrapped_whole_as_well():
     model = adapted(quantized("roberta"), "mrpc")
-    with pytest.raises(ValueError, match=r"modules_to_save has 'classifier', but another adapter has classifier\.dense within it"):
+    with pytest.raises(
+        ValueError, match=r"modules_to_save has 'classifier', but another adapter has classifier\.dense within it"
+    ):
         model.add_adapter("sst2", PreQuantColumnsConfig(modules_to_save=["classifier"]))
     assert list(model.peft_config) == ["mrpc"]
 
@@ -78,7 +88,10 @@ def test_a_wrong_base_is_refused_with_both_hashes(tmp_path):
     tuned, other = adapted(), quantized(bits=3)
     tuned.save_pretrained(tmp_path)
     before = snapshot(other)
-    with pytest.raises(ValueError, match=f"was trained on the base {fingerprint(quantized())} but the model's base is {fingerprint(other)}"):
+    with pytest.raises(
+        ValueError,
+        match=f"was trained on the base {fingerprint(quantized())} but the model's base is {fingerprint(other)}",
+    ):
         PeftModel.from_pretrained(other, tmp_path)
     assert_unchanged(other, before)
     wrapped = adapted(other)
@@ -98,7 +111,10 @@ def test_a_file_without_some_outlier_weights_is_refused(tmp_path):
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     del tensors["base_model.model.bert.encoder.layer.1.output.dense.prequant_columns_weight"]
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"no outlier weights for base_model.model.bert.encoder.layer.1.output.dense \(1 of 12 layers\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"no outlier weights for base_model.model.bert.encoder.layer.1.output.dense \(1 of 12 layers\)",
+    ):
         PeftModel.from_pretrained(quantized(), tmp_path)
 
 
@@ -113,12 +129,14 @@ print("opened")
 
 def test_importing_prequant_ext_imports_no_peft_and_an_adapter_needs_the_tuner_imported(tmp_path):
     adapted().save_pretrained(tmp_path)
-    run = subprocess.run([sys.executable, "-c", WITHOUT_THE_TUNER, tmp_path], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_TUNER, tmp_path], capture_output=True, text=True, check=False
+    )
     assert run.returncode != 0 and "opened" not in run.stdout
     assert run.stderr.rstrip().endswith("KeyError: 'PREQUANT_COLUMNS'")
 
 
-# ---- through transformers -----------------------------------------------------------------------------------------------
+# ---- through transformers --------------------------------------------------------------------------------------------
 
 
 def save_adapter_of(base_dir, directory):
@@ -132,7 +150,9 @@ def save_adapter_of(base_dir, directory):
 def test_no_local_path_reaches_adapter_config(tmp_path, monkeypatch, where):
     quantized().save_pretrained(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    model = adapted(AutoModelForSequenceClassification.from_pretrained("base" if where == "relative" else tmp_path / "base"))
+    model = adapted(
+        AutoModelForSequenceClassification.from_pretrained("base" if where == "relative" else tmp_path / "base")
+    )
     if where == "gone":
         (tmp_path / "base").rename(tmp_path / "moved")
     model.save_pretrained(tmp_path / "adapter")
@@ -150,7 +170,10 @@ def test_auto_model_finds_a_base_of_the_hub(tmp_path):
     base = AutoModelForSequenceClassification.from_pretrained("tester/tiny", cache_dir=tmp_path / "cache")
     tuned = adapted(base)
     tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "tester/tiny"
+    assert (
+        json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "tester/tiny"
+    )
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter", cache_dir=tmp_path / "cache")
     assert torch.equal(logits(loaded), logits(tuned))
 
@@ -176,13 +199,22 @@ class Rows(torch.utils.data.Dataset):
         return 16
 
     def __getitem__(self, index):
-        return {"input_ids": torch.randint(3, 50, (7,), generator=torch.Generator().manual_seed(index)), "labels": index % 2}
+        return {
+            "input_ids": torch.randint(3, 50, (7,), generator=torch.Generator().manual_seed(index)),
+            "labels": index % 2,
+        }
 
 
 def train(folder, steps, resume=None):
     """What is trained, afterwards."""
     model = get_peft_model(quantized(), PreQuantColumnsConfig())
-    settings = {"per_device_train_batch_size": 4, "learning_rate": 0.01, "lr_scheduler_type": "constant", "save_steps": 2, "report_to": []}
+    settings = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "constant",
+        "save_steps": 2,
+        "report_to": [],
+    }
     arguments = TrainingArguments(folder, max_steps=steps, use_cpu=True, seed=1, disable_tqdm=True, **settings)
     Trainer(model, arguments, train_dataset=Rows()).train(resume_from_checkpoint=resume)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -194,5 +226,9 @@ def test_trainer_saves_adapters_only_and_resumes_from_one(tmp_path):
     assert (checkpoint / "adapter_model.safetensors").exists() and not (checkpoint / "model.safetensors").exists()
     resumed = train(tmp_path / "resumed", 4, resume=checkpoint)
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
-    start = {name: parameter for name, parameter in get_peft_model(quantized(), PreQuantColumnsConfig()).named_parameters() if parameter.requires_grad}
+    start = {
+        name: parameter
+        for name, parameter in get_peft_model(quantized(), PreQuantColumnsConfig()).named_parameters()
+        if parameter.requires_grad
+    }
     assert not [name for name in whole if torch.equal(whole[name], start[name])]

@@ -113,7 +113,13 @@ def test_one_product_a_layer_whatever_the_number_of_tasks(monkeypatch):
     for names in (["a"] * 6, ROWS):
         with torch.profiler.profile() as profile:
             model(**batch(), task_names=names)
-        counts.append({event.key: event.count for event in profile.key_averages() if event.key in ("prequant::linear_w4a8", "aten::bmm")})
+        counts.append(
+            {
+                event.key: event.count
+                for event in profile.key_averages()
+                if event.key in ("prequant::linear_w4a8", "aten::bmm")
+            }
+        )
     assert counts[0] == counts[1]
     assert counts[0]["prequant::linear_w4a8"] == 12
 
@@ -150,10 +156,14 @@ def test_a_head_of_other_modules_follows_its_rows():
     torch.testing.assert_close(model(**batch(), task_names=ROWS).logits, wanted, atol=2e-4, rtol=1e-4)
 
 
-# ---- training -----------------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"activation_bits": None}, {"raw_outlier_activations": True}], ids=["per token", "weight only", "raw outliers"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"activation_bits": None}, {"raw_outlier_activations": True}],
+    ids=["per token", "weight only", "raw outliers"],
+)
 def test_each_task_gets_the_gradient_of_its_own_rows(settings):
     model = tasks_model(**settings)
     labels = torch.tensor([0, 1, 1, 0, 1, 0])
@@ -166,7 +176,8 @@ def test_each_task_gets_the_gradient_of_its_own_rows(settings):
         own = [row for row, other in enumerate(ROWS) if other == name]
         inputs = {key: value[own] for key, value in batch().items()}
         separate_loss[name] = torch.autograd.grad(
-            nn.functional.cross_entropy(model(**inputs).logits, labels[own], reduction="sum"), task_parameters(model, name)
+            nn.functional.cross_entropy(model(**inputs).logits, labels[own], reduction="sum"),
+            task_parameters(model, name),
         )
     wanted = [gradient for name in "abc" for gradient in separate_loss[name]]
     assert any(gradient.abs().max() > 1e-3 for gradient in wanted)
@@ -176,11 +187,19 @@ def test_each_task_gets_the_gradient_of_its_own_rows(settings):
 
 def test_a_step_of_two_tasks_leaves_the_third_and_the_base_alone():
     model = tasks_model().train()
-    before = {name: [parameter.detach().clone() for parameter in task_parameters(model, name)] for name in (None, "a", "b", "c")}
+    before = {
+        name: [parameter.detach().clone() for parameter in task_parameters(model, name)]
+        for name in (None, "a", "b", "c")
+    }
     optimizer = torch.optim.SGD(task_parameters(model, "a", "b"), lr=0.1)
     model(**batch(), task_names=["a", "b"] * 3, labels=torch.tensor([0, 1] * 3)).loss.backward()
     optimizer.step()
-    moved = {name: any(not torch.equal(old, new) for old, new in zip(before[name], task_parameters(model, name), strict=True)) for name in before}
+    moved = {
+        name: any(
+            not torch.equal(old, new) for old, new in zip(before[name], task_parameters(model, name), strict=True)
+        )
+        for name in before
+    }
     assert moved == {None: False, "a": True, "b": True, "c": False}
 
 
@@ -191,7 +210,7 @@ def test_gradient_checkpointing_is_refused():
         model(**batch(), task_names=ROWS)
 
 
-# ---- refusals -----------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,19 @@ import pytest
 import torch
 
 import prequant_ext
-from prequant_ext import PreQuantConfig, active_task, add_task, list_tasks, load_task, merge, quantize_model, remove_task, save_task, set_task, task_parameters
+from prequant_ext import (
+    PreQuantConfig,
+    active_task,
+    add_task,
+    list_tasks,
+    load_task,
+    merge,
+    quantize_model,
+    remove_task,
+    save_task,
+    set_task,
+    task_parameters,
+)
 from prequant_ext.task_file import fingerprint, task_tensors
 from support.tiny_models import tiny_model, token_ids
 
@@ -84,7 +96,11 @@ def test_switching_keeps_every_parameter_and_its_memory(two_tasks):
 def test_trainable_parameters_are_the_live_ones(two_tasks):
     model, _ = two_tasks
     live = {id(parameter) for parameter in prequant_ext.trainable_parameters(model)}
-    assert live == {id(parameter) for parameter in task_tensors(model).values()} == {id(parameter) for parameter in task_parameters(model, "b")}
+    assert (
+        live
+        == {id(parameter) for parameter in task_tensors(model).values()}
+        == {id(parameter) for parameter in task_parameters(model, "b")}
+    )
 
 
 def test_a_switch_compiles_nothing_anew(two_tasks):
@@ -164,7 +180,7 @@ def test_scales_of_alpha_are_a_tasks_own():
     assert torch.equal(logits(model), base)
 
 
-# ---- files --------------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def test_tasks_go_through_files_one_by_one(two_tasks, tmp_path):
@@ -215,7 +231,11 @@ def test_merging_gives_the_float_model_of_one_task(two_tasks, name):
     model, _ = two_tasks
     if name is not None:
         set_task(model, name)
-    wanted = {f"{own}.weight": module.dequantize() for own, module in model.named_modules() if isinstance(module, prequant_ext.PreQuantLinear)}
+    wanted = {
+        f"{own}.weight": module.dequantize()
+        for own, module in model.named_modules()
+        if isinstance(module, prequant_ext.PreQuantLinear)
+    }
     head = {key: value.detach().clone() for key, value in model.named_parameters() if "classifier" in key}
     set_task(model, "b" if name is None else "a")
     merged = dict(merge(model, name).named_parameters())
@@ -224,10 +244,12 @@ def test_merging_gives_the_float_model_of_one_task(two_tasks, name):
     assert model(token_ids()).logits.shape == (len(token_ids()), 2)
 
 
-# ---- refusals -----------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("act", [set_task, remove_task, task_parameters, lambda model, name: save_task(model, name, "x"), merge])
+@pytest.mark.parametrize(
+    "act", [set_task, remove_task, task_parameters, lambda model, name: save_task(model, name, "x"), merge]
+)
 def test_an_unknown_task_is_named_with_those_there_are(two_tasks, act):
     with pytest.raises(ValueError, match="no task 'c' in the model: it has 'a', 'b'"):
         act(two_tasks[0], "c")

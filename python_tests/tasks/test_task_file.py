@@ -41,7 +41,12 @@ def test_a_task_comes_back_bit_for_bit_on_a_fresh_base(tmp_path):
     assert not torch.equal(logits(model), logits(tuned))
     metadata = task.load_task(model, tmp_path / "sst2.task", "sst2")
     assert torch.equal(logits(model), logits(tuned))
-    assert metadata == {"format_version": str(FORMAT_VERSION), "base_fingerprint": task_file.fingerprint(model), "name": "sst2", "score": "0.5"}
+    assert metadata == {
+        "format_version": str(FORMAT_VERSION),
+        "base_fingerprint": task_file.fingerprint(model),
+        "name": "sst2",
+        "score": "0.5",
+    }
 
 
 def test_the_file_holds_outlier_weights_in_float32_and_the_head(tmp_path):
@@ -70,7 +75,7 @@ def test_alpha_saves_its_scales(tmp_path):
     assert torch.equal(logits(model), logits(tuned))
 
 
-# ---- the fingerprint ----------------------------------------------------------------------------------------------------
+# ---- the fingerprint -------------------------------------------------------------------------------------------------
 
 
 def test_fingerprint_ignores_what_a_task_owns():
@@ -100,7 +105,7 @@ def test_a_float_model_has_no_fingerprint():
         task_file.fingerprint(tiny_model("bert"))
 
 
-# ---- refusals -----------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -118,7 +123,11 @@ def test_names_that_no_file_should_have(tmp_path, name):
 
 def test_a_wrong_base_is_refused_with_both_fingerprints(saved):
     other = quantized(bits=3)
-    with pytest.raises(ValueError, match=rf"trained on the base {task_file.fingerprint(quantized())} but the model's base is {task_file.fingerprint(other)}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"trained on the base {task_file.fingerprint(quantized())} but the model's base is "
+        rf"{task_file.fingerprint(other)}",
+    ):
         task.load_task(other, saved)
 
 
@@ -143,7 +152,9 @@ def test_a_half_precision_file_is_half_as_large_and_loads(saved, tmp_path):
     task.save_task(model, "sst2", tmp_path / "half.task", dtype=torch.float16)
     stored = load_file(tmp_path / "half.task")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
-    assert sum(tensor.nbytes for tensor in stored.values()) * 2 == sum(tensor.nbytes for tensor in load_file(saved).values())
+    assert sum(tensor.nbytes for tensor in stored.values()) * 2 == sum(
+        tensor.nbytes for tensor in load_file(saved).values()
+    )
     other = quantized()
     task.load_task(other, tmp_path / "half.task")
     for key, parameter in task_file.task_tensors(other).items():
@@ -170,7 +181,9 @@ def rewrite(path, metadata=None, without=None):
 
 def test_a_newer_version_is_refused_with_both_versions(saved):
     rewrite(saved, {"format_version": str(FORMAT_VERSION + 1)})
-    with pytest.raises(ValueError, match=rf"has format_version {FORMAT_VERSION + 1} but this prequant_ext reads up to {FORMAT_VERSION}"):
+    with pytest.raises(
+        ValueError, match=rf"has format_version {FORMAT_VERSION + 1} but this prequant_ext reads up to {FORMAT_VERSION}"
+    ):
         task.load_task(quantized(), saved)
 
 
@@ -198,7 +211,7 @@ def test_reserved_and_non_text_metadata_are_refused(tmp_path):
         task.save_task(quantized(), "a", tmp_path / "a.task", {"scores": [0.5]})
 
 
-# ---- a full disk ----------------------------------------------------------------------------------------------------------
+# ---- a full disk -----------------------------------------------------------------------------------------------------
 
 
 def test_a_full_disk_keeps_the_old_file(saved, monkeypatch):

@@ -1,7 +1,9 @@
-"""csrc/cuda/budgets.toml: what each kernel may take of a multiprocessor, and how many of its blocks that leaves room for.
+"""csrc/cuda/budgets.toml: what each kernel may take of a multiprocessor, and how many of its blocks that leaves room
+for.
 
-The entry of a kernel is the longest pattern that its name matches, dequantize_kernel<float, *> before dequantize_kernel. `make budgets` rewrites
-the measured lines and adds an entry for a kernel that has none; threads and dynamic_shared, which only the launcher knows, are kept.
+The entry of a kernel is the longest pattern that its name matches, dequantize_kernel<float, *> before
+dequantize_kernel. `make budgets` rewrites the measured lines and adds an entry for a kernel that has none; threads and
+dynamic_shared, which only the launcher knows, are kept.
 """
 
 import fnmatch
@@ -19,13 +21,17 @@ from tools.cubins import ARCHITECTURES, Cubin, Kernel
 
 PATH = ROOT / "csrc" / "cuda" / "budgets.toml"
 HEAD = """\
-# What a kernel may take at most, over all its instantiations that match the entry's pattern, on each architecture in turn.
+# What a kernel may take at most, over all its instantiations that match the entry's pattern, on each architecture in
+# turn.
 #
-#   registers        a thread: what ptxas gave, rounded up to the 8 that the hardware hands out at a time, so the slack costs no occupancy
+#   registers        a thread: what ptxas gave, rounded up to the 8 that the hardware hands out at a time, so the slack
+#                    costs no occupancy
 #   shared           static bytes a block, as ptxas gave
-#   blocks           that then fit on one multiprocessor, with the launcher's threads and dynamic_shared bytes (one for all, or one each)
+#   blocks           that then fit on one multiprocessor, with the launcher's threads and dynamic_shared bytes (one for
+#                    all, or one each)
 #
-# python_tests/cuda/test_cuda_gate.py holds the kernels to it. `make budgets` measures anew: read the difference before you keep it.
+# python_tests/cuda/test_cuda_gate.py holds the kernels to it. `make budgets` measures again: read the difference before
+# you keep it.
 """
 
 
@@ -80,7 +86,9 @@ class Budget:
     dynamic_shared: dict[int, int]
 
     def fitting_blocks(self, architecture: int, registers: int, static_shared: int) -> int:
-        return blocks_per_multiprocessor(architecture, registers, self.threads, static_shared + self.dynamic_shared[architecture])
+        return blocks_per_multiprocessor(
+            architecture, registers, self.threads, static_shared + self.dynamic_shared[architecture]
+        )
 
 
 def read_budgets(path: Path = PATH) -> dict[str, Budget]:
@@ -97,7 +105,9 @@ def read_budgets(path: Path = PATH) -> dict[str, Budget]:
 
 
 def find_budget(budgets: dict[str, Budget], kernel: Kernel) -> Budget | None:
-    matching = [pattern for pattern in budgets if fnmatch.fnmatchcase(kernel.name, pattern) or kernel.function == pattern]
+    matching = [
+        pattern for pattern in budgets if fnmatch.fnmatchcase(kernel.name, pattern) or kernel.function == pattern
+    ]
     return budgets[max(matching, key=len)] if matching else None
 
 
@@ -107,7 +117,9 @@ def write_budgets(cubins: list[Cubin], path: Path = PATH) -> None:
     launched = {}
     for cubin in cubins:
         for kernel in cubin.kernels:
-            budget = find_budget(budgets, kernel) or Budget(kernel.function, 256, {}, {}, {}, dict.fromkeys(ARCHITECTURES, 0))
+            budget = find_budget(budgets, kernel) or Budget(
+                kernel.function, 256, {}, {}, {}, dict.fromkeys(ARCHITECTURES, 0)
+            )
             measured[budget.pattern].append((cubin.architecture, kernel))
             launched[budget.pattern] = budget
 
@@ -122,7 +134,10 @@ def write_budgets(cubins: list[Cubin], path: Path = PATH) -> None:
             rounded = -(-kernel.registers // REGISTER_STEP) * REGISTER_STEP
             registers[architecture] = max(registers[architecture], rounded)
             shared[architecture] = max(shared[architecture], kernel.shared_bytes)
-        blocks = [budget.fitting_blocks(architecture, registers[architecture], shared[architecture]) for architecture in ARCHITECTURES]
+        blocks = [
+            budget.fitting_blocks(architecture, registers[architecture], shared[architecture])
+            for architecture in ARCHITECTURES
+        ]
         text.append(f'[kernel."{pattern}"]')
         text.append(f"threads = {budget.threads}")
         if any(budget.dynamic_shared.values()):

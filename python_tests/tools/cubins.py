@@ -1,10 +1,13 @@
 """What nvcc makes of CUDA sources: one cubin a file and architecture, read back as registers, shared memory and SASS.
 
-The cubins of the built library are taken as they are in it. An architecture that it was not built for, or a library older than the sources, costs
-compiling: under build/gate, and again only when the source, a header of ours that it includes, or the command changes; one process at a time.
+The cubins of the built library are taken as they are in it. An architecture that it was not built for, or a library
+older than the sources, costs compiling: under build/gate, and again only when the source, a header of ours that it
+includes, or the command changes; one process at a time.
 
-    PYTHONPATH=python_tests python -m tools.cubins              get them all, and say where they come from and what it took
-    PYTHONPATH=python_tests python -m tools.cubins --budgets    and rewrite csrc/cuda/budgets.toml from what was measured
+    PYTHONPATH=python_tests python -m tools.cubins              get them all, and say where they come from and what it
+                                                                took
+    PYTHONPATH=python_tests python -m tools.cubins --budgets    and rewrite csrc/cuda/budgets.toml from what was
+                                                                measured
 """
 
 import argparse
@@ -31,8 +34,16 @@ FOLDER = ROOT / "build" / "gate"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 TOOLS = "nvidia-cuda-cuobjdump==13.2.78 nvidia-cuda-nvdisasm==13.2.78"
 # As setup.py compiles the library, but for the device alone: the host's half would be the same seven times.
-FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-cubin", "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage", "-DPREQUANT_CUDA"]
-SYSTEM_SHARED_BYTES = 1024  # that from sm_90 on are counted with a block's own; occupancy counts them apart, on every architecture since sm_80
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-lineinfo",
+    "-cubin",
+    "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage",
+    "-DPREQUANT_CUDA",
+]
+# that from sm_90 on are counted with a block's own; occupancy counts them apart, on every architecture since sm_80
+SYSTEM_SHARED_BYTES = 1024
 
 
 class MissingToolError(RuntimeError):
@@ -48,7 +59,8 @@ class Kernel:
     shared_bytes: int = 0  # static, a block
     local_bytes: int = 0  # a thread: stack, spills, arrays indexed at run time
     opcodes: dict[str, int] = field(default_factory=dict)  # with their modifiers: LDG.E.128.CONSTANT
-    # What a usual turn of it executes: the innermost loop with most tensor-core instructions; without any, the one with most loads. Empty: no loop.
+    # What a usual turn of it executes: the innermost loop with most tensor-core instructions; without any, the one with
+    # most loads. Empty: no loop.
     main_loop: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -57,7 +69,11 @@ class Kernel:
 
     def count(self, pattern: str, main_loop: bool = False) -> int:
         """How many instructions match a regular expression from their first letter on."""
-        return sum(number for opcode, number in (self.main_loop if main_loop else self.opcodes).items() if re.match(pattern, opcode))
+        return sum(
+            number
+            for opcode, number in (self.main_loop if main_loop else self.opcodes).items()
+            if re.match(pattern, opcode)
+        )
 
 
 @dataclass(frozen=True)
@@ -97,8 +113,12 @@ def all_cubins(sources: list[Path] = SOURCES, architectures: tuple[int, ...] = A
 
 
 def library_cubins(library: Path = LIBRARY, folder: Path = FOLDER / "library") -> list[Cubin]:
-    """Every cubin of the library that was made from SOURCES; none where there is no library, or a file of csrc/ that it was made from is newer."""
-    made_from = [path for pattern in ("*.h", "cuda/*.cu", "cuda/*.cuh", "cuda/*.h") for path in (ROOT / "csrc").glob(pattern)]
+    """Every cubin of the library that was made from SOURCES; none where there is no library, or a file of csrc/ that it
+    was made from is newer.
+    """
+    made_from = [
+        path for pattern in ("*.h", "cuda/*.cu", "cuda/*.cuh", "cuda/*.h") for path in (ROOT / "csrc").glob(pattern)
+    ]
     if not library.exists() or library.stat().st_mtime < max(path.stat().st_mtime for path in made_from):
         return []
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,18 +128,31 @@ def library_cubins(library: Path = LIBRARY, folder: Path = FOLDER / "library") -
         if (record.get("library"), record.get("reader")) != (digest, _reader()):
             for old in folder.glob("*.cubin"):
                 old.unlink()
-            done = subprocess.run([find_tool("cuobjdump"), "-xelf", "all", str(library)], cwd=folder, capture_output=True, text=True)
-            # The library's own files alone: CUDA's runtime, which is linked in, has kernels too. cuobjdump fails where there is nothing at all.
-            paths = sorted(path for path in folder.glob("*.sm_*.cubin") if f"{path.name.split('.')[0]}.cu" in {source.name for source in SOURCES})
+            done = subprocess.run(
+                [find_tool("cuobjdump"), "-xelf", "all", str(library)], cwd=folder, capture_output=True, text=True
+            )
+            # The library's own files alone: CUDA's runtime, which is linked in, has kernels too. cuobjdump fails where
+            # there is nothing at all.
+            paths = sorted(
+                path
+                for path in folder.glob("*.sm_*.cubin")
+                if f"{path.name.split('.')[0]}.cu" in {source.name for source in SOURCES}
+            )
             if done.returncode != 0 and paths:
                 raise RuntimeError(f"cuobjdump could not read {library.name}: {done.stderr}")
             with _pool() as pool:
                 kernels = [[asdict(kernel) for kernel in found] for found in pool.map(read_cubin, paths)]
-            record = {"library": digest, "reader": _reader(), "cubins": dict(zip((path.stem for path in paths), kernels, strict=True))}
+            record = {
+                "library": digest,
+                "reader": _reader(),
+                "cubins": dict(zip((path.stem for path in paths), kernels, strict=True)),
+            }
             record_path.write_text(json.dumps(record))
     return _in_order(
         [
-            Cubin(f"{name.split('.')[0]}.cu", int(name.rsplit("sm_", 1)[1]), "", [Kernel(**kernel) for kernel in kernels])
+            Cubin(
+                f"{name.split('.')[0]}.cu", int(name.rsplit("sm_", 1)[1]), "", [Kernel(**kernel) for kernel in kernels]
+            )
             for name, kernels in record["cubins"].items()
         ]
     )
@@ -133,7 +166,9 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count())
 
 
-def compile_cubins(sources: list[Path] = SOURCES, architectures: tuple[int, ...] = ARCHITECTURES, folder: Path = FOLDER) -> list[Cubin]:
+def compile_cubins(
+    sources: list[Path] = SOURCES, architectures: tuple[int, ...] = ARCHITECTURES, folder: Path = FOLDER
+) -> list[Cubin]:
     """Every source for every architecture. Raises RuntimeError with nvcc's words where one does not compile."""
     nvcc = find_nvcc()
     if nvcc is None:
@@ -185,7 +220,11 @@ def _digest(nvcc_version: str, architecture: int, files: list[str]) -> str | Non
 
 def _cubin(nvcc: str, version: str, folder: Path, source: Path, architecture: int) -> Cubin:
     record = _record(folder, source, architecture)
-    is_current = record is not None and record["digest"] is not None and record["digest"] == _digest(version, architecture, record["files"])
+    is_current = (
+        record is not None
+        and record["digest"] is not None
+        and record["digest"] == _digest(version, architecture, record["files"])
+    )
     if not is_current:
         record = _compile(nvcc, version, folder, source, architecture)
     if not is_current or record["reader"] != _reader():
@@ -199,15 +238,29 @@ def _compile(nvcc: str, version: str, folder: Path, source: Path, architecture: 
     start, began = time.monotonic(), time.time()
     base = folder / f"{source.stem}.sm_{architecture}"
     cubin, depfile = Path(f"{base}.cubin"), Path(f"{base}.d")
-    command = [nvcc, *FLAGS, f"-arch=sm_{architecture}", f'-DPREQUANT_CUDA_ARCHITECTURES="{architecture}"', "-MMD", "-MF", str(depfile)]
+    command = [
+        nvcc,
+        *FLAGS,
+        f"-arch=sm_{architecture}",
+        f'-DPREQUANT_CUDA_ARCHITECTURES="{architecture}"',
+        "-MMD",
+        "-MF",
+        str(depfile),
+    ]
     done = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{source.name} does not compile for sm_{architecture}:\n{done.stdout}{done.stderr}")
     named = [Path(name).resolve() for name in depfile.read_text().replace("\\\n", " ").split(" : ", 1)[1].split()]
     files = sorted({str(path.relative_to(ROOT)) for path in named if path.is_relative_to(ROOT)})
     seconds = time.monotonic() - start
-    is_edited = any((ROOT / file).stat().st_mtime > began for file in files)  # meanwhile: the cubin is of neither version for certain
-    return {"digest": None if is_edited else _digest(version, architecture, files), "files": files, "seconds": seconds, "warnings": done.stdout + done.stderr}
+    # meanwhile: the cubin is of neither version for certain
+    is_edited = any((ROOT / file).stat().st_mtime > began for file in files)
+    return {
+        "digest": None if is_edited else _digest(version, architecture, files),
+        "files": files,
+        "seconds": seconds,
+        "warnings": done.stdout + done.stderr,
+    }
 
 
 def _reader() -> str:
@@ -215,21 +268,31 @@ def _reader() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
-# ---- reading a cubin -----------------------------------------------------------------------------------------------------------------------
+# ---- reading a cubin -------------------------------------------------------------------------------------------------
 
 
 def read_cubin(path: Path) -> list[Kernel]:
-    usage = subprocess.run([find_tool("cuobjdump"), "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run(
+        [find_tool("cuobjdump"), "-res-usage", str(path)], capture_output=True, text=True, check=True
+    ).stdout
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     if not found:
         return []  # host code alone
     names = demangle([mangled for mangled, *_ in found])
     reserved = SYSTEM_SHARED_BYTES if int(re.findall(r"sm_(\d+)", path.stem)[-1]) >= 90 else 0
-    sass = read_sass(subprocess.run([find_tool("nvdisasm"), "-c", str(path)], capture_output=True, text=True, check=True).stdout)
+    sass = read_sass(
+        subprocess.run([find_tool("nvdisasm"), "-c", str(path)], capture_output=True, text=True, check=True).stdout
+    )
     kernels = []
     for (mangled, registers, stack, shared, local), name in zip(found, names, strict=True):
         code = sass[mangled]
-        kernel = Kernel(name, int(registers), max(0, int(shared) - reserved), int(stack) + int(local), dict(Counter(opcode for opcode, _ in code.instructions)))
+        kernel = Kernel(
+            name,
+            int(registers),
+            max(0, int(shared) - reserved),
+            int(stack) + int(local),
+            dict(Counter(opcode for opcode, _ in code.instructions)),
+        )
         kernel.main_loop = dict(Counter(opcode for opcode, _ in code.main_loop()))
         kernels.append(kernel)
     return sorted(kernels, key=lambda kernel: kernel.name)
@@ -243,8 +306,14 @@ def demangle(names: list[str]) -> list[str]:
 
 def _short_name(demangled: str) -> str:
     """ "void prequant::cuda::(anonymous namespace)::pack_kernel<4, true>(long)" -> "pack_kernel<4, true>"."""
-    name = demangled.removeprefix("void ").replace("(anonymous namespace)::", "").replace("prequant::cuda::", "").replace("prequant::", "")
-    # The parameters begin at the first parenthesis outside the template arguments; a cast within those has parentheses of its own.
+    name = (
+        demangled.removeprefix("void ")
+        .replace("(anonymous namespace)::", "")
+        .replace("prequant::cuda::", "")
+        .replace("prequant::", "")
+    )
+    # The parameters begin at the first parenthesis outside the template arguments; a cast within those has parentheses
+    # of its own.
     depth = 0
     for i, letter in enumerate(name):
         depth += (letter == "<") - (letter == ">")
@@ -272,21 +341,28 @@ class Code:
     def main_loop(self) -> list[tuple[str, str]]:
         def worth(loop: tuple[int, int]) -> tuple[int, int, int]:
             body = [opcode for opcode, _ in self.instructions[slice(*loop)]]
-            products, loads = sum(bool(re.match(r"[HIQ]MMA", opcode)) for opcode in body), sum(opcode.startswith("LD") for opcode in body)
+            products, loads = (
+                sum(bool(re.match(r"[HIQ]MMA", opcode)) for opcode in body),
+                sum(opcode.startswith("LD") for opcode in body),
+            )
             return products, loads, -len(body)
 
         loops = self.loops()
         return self.usual_path(*max(loops, key=worth)) if loops else []
 
     def usual_path(self, begin: int, end: int) -> list[tuple[str, str]]:
-        """Without what a branch jumps over, unless that has the loop's own work in it: a new group of scales, a ragged edge are rare."""
+        """Without what a branch jumps over, unless that has the loop's own work in it: a new group of scales, a ragged
+        edge are rare.
+        """
         path, i = [], begin
         while i < end:
             opcode, operands = self.instructions[i]
             path.append((opcode, operands))
             target = re.search(r"`\((\.L\w+)\)", operands)
             to = self.labels.get(target[1], i) if opcode.startswith("BRA") and target else i
-            is_rare = i < to <= end and not any(re.match(r"[HIQ]MMA|LDSM|LDGSTS|LDG\.E\.128", skipped) for skipped, _ in self.instructions[i:to])
+            is_rare = i < to <= end and not any(
+                re.match(r"[HIQ]MMA|LDSM|LDGSTS|LDG\.E\.128", skipped) for skipped, _ in self.instructions[i:to]
+            )
             i = to if is_rare else i + 1
         return path
 
@@ -319,7 +395,8 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     kernels = sum(len(cubin.kernels) for cubin in cubins)
     print(
-        f"{len(SOURCES)} files for {len(ARCHITECTURES)} architectures: {len(cubins)} cubins with {kernels} kernels in {time.monotonic() - start:.0f} s, "
+        f"{len(SOURCES)} files for {len(ARCHITECTURES)} architectures: {len(cubins)} cubins with {kernels} kernels in "
+        f"{time.monotonic() - start:.0f} s, "
         f"{len(of_library)} of them of the built library"
     )
     if arguments.budgets:

@@ -1,12 +1,13 @@
-"""What a kernel does to memory, counted on the traced library: sectors of global memory, bank conflicts, races, each with its source line.
+"""What a kernel does to memory, counted on the traced library: sectors of global memory, bank conflicts, races, each
+with its source line.
 
     with trace(x=x, weight=weight) as traced:
         traced.ops.linear_w4a16(x, weight, ...)
     assert not traced.findings
     assert traced.kernels["linear_kernel"].sectors_read <= 1.1 * traced.kernels["linear_kernel"].ideal_sectors_read
 
-Inputs are registered by name: a kernel that touches anything else than these and what its operator allocated is found out. Tensors have to
-be aligned to 256 bytes, as on a GPU: ``aligned``.
+Inputs are registered by name: a kernel that touches anything else than these and what its operator allocated is found
+out. Tensors have to be aligned to 256 bytes, as on a GPU: ``aligned``.
 """
 
 import os
@@ -102,14 +103,23 @@ class Trace:
 
     def table(self) -> str:
         """A line for each instruction: the requests' lanes, sectors and wavefronts, with the ideal."""
-        lines = [f"{'line':28} {'access':16} {'requests':>9} {'lanes':>6} {'sectors':>8} {'ideal':>7} {'waves':>7} {'ideal':>7}"]
+        lines = [
+            f"{'line':28} {'access':16} {'requests':>9} {'lanes':>6} {'sectors':>8} {'ideal':>7} {'waves':>7} "
+            f"{'ideal':>7}"
+        ]
         for kernel in self.kernels.values():
-            lines.append(f"{kernel.name}: {kernel.launches} launches, {kernel.blocks} blocks, {kernel.shared_bytes} bytes of shared memory")
+            lines.append(
+                f"{kernel.name}: {kernel.launches} launches, {kernel.blocks} blocks, {kernel.shared_bytes} bytes of "
+                "shared memory"
+            )
             for site in kernel.sites:
                 access = f"{'shared' if site.is_shared else 'global'} {site.kind}"
                 counts = (site.lanes, site.sectors, site.ideal_sectors, site.wavefronts, site.ideal_wavefronts)
                 lanes, sectors, ideal_sectors, waves, ideal_waves = (f"{count / site.requests:.2f}" for count in counts)
-                lines.append(f"{site.line:28} {access:16} {site.requests:9} {lanes:>6} {sectors:>8} {ideal_sectors:>7} {waves:>7} {ideal_waves:>7}")
+                lines.append(
+                    f"{site.line:28} {access:16} {site.requests:9} {lanes:>6} {sectors:>8} {ideal_sectors:>7} "
+                    f"{waves:>7} {ideal_waves:>7}"
+                )
         return "\n".join([*lines, *(f"FOUND {finding}" for finding in self.findings)])
 
 
@@ -123,7 +133,9 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 def _lines(offsets: set[int]) -> dict[int, str]:
-    """The place in a kernel's file of each instruction, "embedding.cu:47"; of inlined functions the innermost one in a .cu file."""
+    """The place in a kernel's file of each instruction, "embedding.cu:47"; of inlined functions the innermost one in a
+    .cu file.
+    """
     offsets = offsets - {0}
     if not offsets:
         return {0: ""}
@@ -135,7 +147,11 @@ def _lines(offsets: set[int]) -> dict[int, str]:
     for part in answer.split("\n0x"):
         address, *frames = part.removeprefix("0x").split("\n")
         names = [frame.split("/")[-1].split(" ")[0] for frame in frames if frame]
-        kernels = [name for name in names if ".cu:" in name or (".cuh:" in name and not name.startswith(("portable.cuh", "ptx.cuh")))]
+        kernels = [
+            name
+            for name in names
+            if ".cu:" in name or (".cuh:" in name and not name.startswith(("portable.cuh", "ptx.cuh")))
+        ]
         places[int(address, 16)] = (kernels or names or ["?"])[0]
     return places
 
@@ -158,7 +174,10 @@ def trace(**tensors: Tensor) -> Iterator[Trace]:
 
 def _fill(traced: Trace, library) -> None:
     sites, findings = library.trace_traffic(), library.trace_findings()
-    places = _lines({site["offset"] for site in sites} | {offset for finding in findings for offset in (finding["offset"], finding["other_offset"])})
+    places = _lines(
+        {site["offset"] for site in sites}
+        | {offset for finding in findings for offset in (finding["offset"], finding["other_offset"])}
+    )
     for launch in library.trace_launches():
         kernel = traced.kernels.setdefault(launch["kernel"], Kernel(launch["kernel"]))
         kernel.launches += 1
@@ -181,7 +200,12 @@ def _fill(traced: Trace, library) -> None:
             kernel.sectors_written += site.sectors
             kernel.ideal_sectors_written += site.ideal_sectors
     for kernel in traced.kernels.values():
-        kernel.sites.sort(key=lambda site: (site.line.split(":")[0], int("0" + "".join(filter(str.isdigit, site.line.split(":")[-1])))))
+        kernel.sites.sort(
+            key=lambda site: (
+                site.line.split(":")[0],
+                int("0" + "".join(filter(str.isdigit, site.line.split(":")[-1]))),
+            )
+        )
     for finding in findings:
         line, other_line = places[finding.pop("offset")], places[finding.pop("other_offset")]
         traced.findings.append(Finding(line=line, other_line=other_line, **finding))

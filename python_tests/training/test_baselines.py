@@ -23,7 +23,12 @@ CONFIG = PreQuantConfig(r=2)
 
 
 def options_for(name: str, **changes) -> Options:
-    given = {"config": CONFIG, "group_size": 16, "calibration": [{"input_ids": token_ids()}], "calibration_steps": 3} | changes
+    given = {
+        "config": CONFIG,
+        "group_size": 16,
+        "calibration": [{"input_ids": token_ids()}],
+        "calibration_steps": 3,
+    } | changes
     if name == "prequant_ticket":
         given = {"tuned": moved(tiny_model("bert"))} | given
     return Options(**given)
@@ -48,12 +53,14 @@ def matrices(model: nn.Module) -> list[str]:
     return [site.name for site in matrices_of(model, CONFIG)]
 
 
-# ---- all of them ---------------------------------------------------------------------------------------------------------------------------
+# ---- all of them -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_trains_is_what_is_named(name):
-    """Everything named gets a gradient and moves, everything else is frozen and stays, and the task head trains with the rest."""
+    """Everything named gets a gradient and moves, everything else is frozen and stays, and the task head trains with
+    the rest.
+    """
     model, trained = prepared(name)
     assert {key for key, parameter in model.named_parameters() if parameter.requires_grad} == set(trained)
     if not METHODS[name].is_trained:
@@ -70,7 +77,8 @@ def test_what_trains_is_what_is_named(name):
         optimizer.step()
     changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
     assert changed <= set(trained)
-    # Rows of tables that no token of this batch asks for stay, and the key's bias cancels in the softmax: a rounding error moves it, or none.
+    # Rows of tables that no token of this batch asks for stay, and the key's bias cancels in the softmax: a rounding
+    # error moves it, or none.
     assert {key for key in trained if "embeddings" not in key and "key.bias" not in key} <= changed
 
 
@@ -94,7 +102,9 @@ def test_all_change_the_same_matrices():
 
 
 def test_counts_of_the_paper_on_roberta_large():
-    settings = RobertaConfig(vocab_size=50265, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    settings = RobertaConfig(
+        vocab_size=50265, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    )
 
     def count(name: str) -> int:
         model = from_config(settings, RobertaModel, "meta")
@@ -121,13 +131,16 @@ def test_a_refused_model_stays_whole():
     assert all(type(model.get_submodule(name)) is nn.Linear for name in matrices(model))
 
 
-@pytest.mark.parametrize(("wrong", "value"), [("group_size", 0), ("rank", 0), ("activation_groups", 0), ("refinements", -1), ("calibration_steps", -1)])
+@pytest.mark.parametrize(
+    ("wrong", "value"),
+    [("group_size", 0), ("rank", 0), ("activation_groups", 0), ("refinements", -1), ("calibration_steps", -1)],
+)
 def test_options_are_checked(wrong, value):
     with pytest.raises(ValueError, match=f"{wrong} must be at least"):
         Options(**{wrong: value})
 
 
-# ---- calibration and ranges ----------------------------------------------------------------------------------------------------------------
+# ---- calibration and ranges ------------------------------------------------------------------------------------------
 
 
 def test_observe_sees_every_channel_of_every_batch():
@@ -163,7 +176,10 @@ def test_a_range_holds_what_lies_in_it():
     on_grid = in_range(x, torch.tensor(-1.0), torch.tensor(2.0), 8)
     assert (on_grid[:5] - x[:5]).abs().max() <= 3 / 255 / 2 + 1e-6
     assert on_grid[2] == 0 and on_grid[5] == on_grid[4]  # 0 is a value of the grid; what lies beyond is clipped
-    assert in_range(torch.tensor([3.0]), torch.tensor(2.0), torch.tensor(4.0), 8).item() == pytest.approx(3, abs=4 / 255)  # stretched to hold 0
+    # stretched to hold 0
+    assert in_range(torch.tensor([3.0]), torch.tensor(2.0), torch.tensor(4.0), 8).item() == pytest.approx(
+        3, abs=4 / 255
+    )
 
 
 def test_channels_share_the_range_of_their_likes():
@@ -185,16 +201,26 @@ def test_ptq_keeps_true_codes_and_calibrated_ranges():
     seen = observe(float_model, matrices(float_model), [{"input_ids": token_ids()}])
     for name in matrices(float_model):
         layer = model.get_submodule(name)
-        assert isinstance(layer, ptq.StaticLinear) and isinstance(layer.layer, PreQuantLinear) and layer.layer.activation_bits is None
+        assert (
+            isinstance(layer, ptq.StaticLinear)
+            and isinstance(layer.layer, PreQuantLinear)
+            and layer.layer.activation_bits is None
+        )
         assert layer.layer.weight_scale.shape == (layer.layer.out_features, layer.layer.in_features // 16)
-        assert (layer.low <= seen[name].low).all() and (layer.high >= seen[name].high).all() and len(layer.low.unique()) <= 4
+        assert (
+            (layer.low <= seen[name].low).all()
+            and (layer.high >= seen[name].high).all()
+            and len(layer.low.unique()) <= 4
+        )
 
 
-# ---- QAT -----------------------------------------------------------------------------------------------------------------------------------
+# ---- QAT -------------------------------------------------------------------------------------------------------------
 
 
 def test_gradients_of_a_learned_step():
-    """Straight through inside the range and none outside for x; rint(x / s) - x / s, or the limit, for the scale: LSQ, Equations 3 and 5."""
+    """Straight through inside the range and none outside for x; rint(x / s) - x / s, or the limit, for the scale: LSQ,
+    Equations 3 and 5.
+    """
     x = torch.tensor([[-9.0, -1.3, 0.2, 0.8, 3.4, 20.0]], requires_grad=True)
     scale = torch.tensor([[0.5]], requires_grad=True)
     y = learned_step(x, scale, 4)
@@ -214,7 +240,10 @@ def test_qat_computes_with_codes():
     codes = (layer.quantized_weight().view(N, K // 16, 16) / layer.weight_scale).detach()
     assert (codes - codes.round()).abs().max() < 1e-4 and codes.min() >= -8 and codes.max() <= 7
     assert {f"{name}.weight", f"{name}.weight_scale", f"{name}.activation_scale"} <= set(trained)
-    assert "bert.encoder.layer.0.attention.self.query.activation_scale" not in prepared("qat", config=dataclasses.replace(CONFIG, activation_bits=None))[1]
+    assert (
+        "bert.encoder.layer.0.attention.self.query.activation_scale"
+        not in prepared("qat", config=dataclasses.replace(CONFIG, activation_bits=None))[1]
+    )
 
 
 def test_plain_qat_learns_no_scale():
@@ -226,7 +255,7 @@ def test_plain_qat_learns_no_scale():
     assert torch.equal(layer.weight.grad, torch.tensor([[1.0, 2.0, 3.0]]))
 
 
-# ---- AlphaTuning ---------------------------------------------------------------------------------------------------------------------------
+# ---- AlphaTuning -----------------------------------------------------------------------------------------------------
 
 
 def decoded(codes: Tensor, alpha: Tensor) -> Tensor:
@@ -251,7 +280,9 @@ def test_binary_coding_of_values_that_it_can_hold():
     alpha = torch.tensor([1.0, 0.5])
     weight = torch.tensor([[1.5, 0.5, -0.5, -1.5, 1.5, -1.5, 0.5, -0.5]])
     codes, found = alphatuning.binary_coding(weight, 2, 8, 3)
-    assert torch.allclose(decoded(codes, found), weight, atol=1e-6) and torch.allclose(found.flatten().abs().sort(descending=True).values, alpha)
+    assert torch.allclose(decoded(codes, found), weight, atol=1e-6) and torch.allclose(
+        found.flatten().abs().sort(descending=True).values, alpha
+    )
     constant = torch.full((2, 8), 0.25)  # every sign the same: least squares cannot tell the alphas apart
     assert torch.allclose(decoded(*alphatuning.binary_coding(constant, 3, 4, 5)), constant, atol=1e-6)
     with pytest.raises(ValueError, match="group_size must divide K = 8, got 3"):
@@ -271,7 +302,7 @@ def test_gradient_of_the_alphas_and_codes_that_stay():
     assert torch.equal(layer.codes, codes) and not torch.equal(layer.alpha, alpha)
 
 
-# ---- Quadapter -----------------------------------------------------------------------------------------------------------------------------
+# ---- Quadapter -------------------------------------------------------------------------------------------------------
 
 
 def test_scale_and_its_inverse_cancel_without_quantizers():
@@ -299,7 +330,7 @@ def test_calibration_brings_wild_channels_in():
     assert error(100) < 0.8 * error(0)
 
 
-# ---- LoRA, and the selections of PreQuant ----------------------------------------------------------------------------------------------------
+# ---- LoRA, and the selections of PreQuant ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["lora", "qlora"])
@@ -335,7 +366,11 @@ def test_tickets_are_the_dimensions_that_moved():
     tickets, outliers = (prepared(name, tuned=tuned)[0] for name in ("prequant_ticket", "prequant"))
     assert tickets.bert.encoder.layer[0].attention.self.query.outlier_dims.tolist() == [4, 9]
     shares = prequant_ticket.overlap(tickets, outliers)
-    assert len(shares) == 12 and all(0 <= share <= 1 for share in shares.values()) and set(prequant_ticket.overlap(tickets, tickets).values()) == {1.0}
+    assert (
+        len(shares) == 12
+        and all(0 <= share <= 1 for share in shares.values())
+        and set(prequant_ticket.overlap(tickets, tickets).values()) == {1.0}
+    )
     with pytest.raises(ValueError, match="tuned must be the weights after the L1-distance run, got None"):
         METHODS["prequant_ticket"].prepare(tiny_model("bert"), Options(config=CONFIG))
     with pytest.raises(ValueError, match="the two models must have the same quantized matrices"):
@@ -348,5 +383,8 @@ def test_bits_of_blocks_follow_what_they_lose_within_the_average():
         for parameter in model.bert.encoder.layer[1].parameters():
             parameter.mul_(10)  # errors grow with the weights
     METHODS["prequant"].prepare(model, options_for("prequant", bits_per_weight=3.0))
-    widths = [{module.bits for module in block.modules() if isinstance(module, PreQuantLinear)} for block in model.bert.encoder.layer]
+    widths = [
+        {module.bits for module in block.modules() if isinstance(module, PreQuantLinear)}
+        for block in model.bert.encoder.layer
+    ]
     assert widths == [{2}, {4}]

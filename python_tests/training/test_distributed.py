@@ -24,7 +24,16 @@ def folder(tmp_path_factory) -> Path:
     """What two processes wrote."""
     path = tmp_path_factory.mktemp("two")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", two_processes.__file__, str(path)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        two_processes.__file__,
+        str(path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
     return path
@@ -48,7 +57,8 @@ def test_ranks_are_equal_and_end_where_one_process_does(strategy, folder, alone)
         if name in trained:
             moved = (tensor - start[name]).abs().max().item()
             assert moved > 1e-4
-            torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-3 * moved, msg=name)  # sums of halves; a rounded activation may tip over
+            # sums of halves; a rounded activation may tip over
+            torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-3 * moved, msg=name)
         else:
             assert torch.equal(first[name], tensor), name
 
@@ -75,7 +85,10 @@ def test_tasks_of_a_sharded_model_end_where_those_of_one_process_do(when, folder
     shutil.copy(folder / "fsdp0.task", tmp_path)
     two_processes.live_through_tasks(model, tmp_path, "alone")
     for task in ("first", "second"):
-        one, first, second = (load_file(path) for path in (tmp_path / f"alone_{task}0.task", *(folder / f"{when}_{task}{rank}.task" for rank in range(2))))
+        one, first, second = (
+            load_file(path)
+            for path in (tmp_path / f"alone_{task}0.task", *(folder / f"{when}_{task}{rank}.task" for rank in range(2)))
+        )
         start = load_file(folder / "fsdp0.task") if task == "first" else task_tensors(two_processes.quantized_bert())
         assert one.keys() == first.keys() == second.keys() == start.keys()
         for name, tensor in one.items():
@@ -86,7 +99,10 @@ def test_tasks_of_a_sharded_model_end_where_those_of_one_process_do(when, folder
 
 
 def test_a_mixed_batch_needs_whole_parameters(folder):
-    assert all((folder / f"mixed{rank}.txt").read_text().startswith("task_names needs the tasks' whole parameters, but FSDP2") for rank in range(2))
+    assert all(
+        (folder / f"mixed{rank}.txt").read_text().startswith("task_names needs the tasks' whole parameters, but FSDP2")
+        for rank in range(2)
+    )
 
 
 def test_a_sharded_model_takes_a_gathered_state(folder):

@@ -28,9 +28,27 @@ def plan(search="quick", **changes) -> Plan:
 
 def line(wanted, score=0.8, **changes):
     """As the worker would have written it."""
-    counted = {"trainable_parameters": 10, "model_bytes": 2e6, "n_train": 100, "n_validation": 50, "quantization_error": None, "seconds": 1.0, "overlap": None}
+    counted = {
+        "trainable_parameters": 10,
+        "model_bytes": 2e6,
+        "n_train": 100,
+        "n_validation": 50,
+        "quantization_error": None,
+        "seconds": 1.0,
+        "overlap": None,
+    }
     counted |= {"labels": "1" * 50, "predictions": "1" * round(50 * score) + "0" * (50 - round(50 * score))}
-    return {"wanted": wanted, "score": score, "model": "tiny", "epochs": wanted["epochs"], "batch_size": wanted["batch_size"]} | counted | changes
+    return (
+        {
+            "wanted": wanted,
+            "score": score,
+            "model": "tiny",
+            "epochs": wanted["epochs"],
+            "batch_size": wanted["batch_size"],
+        }
+        | counted
+        | changes
+    )
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -52,7 +70,10 @@ def test_every_method_has_learning_rates():
 def test_thirds_of_the_blocks():
     rules = [arm.quantization["layer_bits"] for arm in EXPERIMENTS["table5"](12).arms[1:5]]
     assert rules == [{"layers.0-3": 2}, {"layers.0-7": 2}, {"layers.8-11": 2}, {"layers.4-11": 2}]
-    assert [arm.options["bits_per_weight"] for arm in EXPERIMENTS["table5"](12).arms[5:]] == pytest.approx([10 / 3, 8 / 3])  # of the same size
+    # of the same size
+    assert [arm.options["bits_per_weight"] for arm in EXPERIMENTS["table5"](12).arms[5:]] == pytest.approx(
+        [10 / 3, 8 / 3]
+    )
     with pytest.raises(ValueError, match=r"table5 .* must have at least 3 blocks, got 2"):
         EXPERIMENTS["table5"](2)
 
@@ -69,7 +90,10 @@ def test_experiments_share_their_runs():
 def test_quick_runs_everything_at_one_rate():
     wanted = list(plan().possible([]))
     assert len(wanted) == len(plan().every([])) == 8
-    assert {(run["method"], run["lr"]) for run in wanted} == {("ft", train.LEARNING_RATES["ft"]), ("prequant", train.LEARNING_RATES["prequant"])}
+    assert {(run["method"], run["lr"]) for run in wanted} == {
+        ("ft", train.LEARNING_RATES["ft"]),
+        ("prequant", train.LEARNING_RATES["prequant"]),
+    }
 
 
 def test_a_search_comes_first_and_its_best_rate_runs_the_other_seeds():
@@ -79,18 +103,24 @@ def test_a_search_comes_first_and_its_best_rate_runs_the_other_seeds():
     scores = {GRIDS["prequant"][0]: 0.7, GRIDS["prequant"][1]: 0.9, GRIDS["prequant"][2]: 0.9}
     lines = [line(run, scores[run["lr"]]) for run in first if (run["method"], run["task"]) == ("prequant", "mrpc")]
     after = [run for run in searching.possible(lines) if run["seed"] == 1]
-    assert [(run["method"], run["task"], run["lr"]) for run in after] == [("prequant", "mrpc", GRIDS["prequant"][1])]  # the smaller of two equals
+    # the smaller of two equals
+    assert [(run["method"], run["task"], run["lr"]) for run in after] == [("prequant", "mrpc", GRIDS["prequant"][1])]
     assert len(searching.every([])) == 12 + 4  # seed 0 at the best rate has run in the search
 
 
 def test_the_estimate_goes_by_task_and_method_and_training_rows():
-    lines = [line(wanted, n_train=wanted["max_train"] or 200, seconds=30.0 if wanted["method"] == "ft" else 12.0) for wanted in plan(seeds=(0,)).possible([])]
+    lines = [
+        line(wanted, n_train=wanted["max_train"] or 200, seconds=30.0 if wanted["method"] == "ft" else 12.0)
+        for wanted in plan(seeds=(0,)).possible([])
+    ]
     missing = [wanted for wanted in plan(seeds=(1,)).possible([])]
     assert runner.estimate(missing, lines) == pytest.approx(2 * (30 + 12))
     longer = [wanted | {"epochs": 6, "max_train": 400} for wanted in missing if wanted["task"] == "mrpc"]
     assert runner.estimate(longer, lines) == pytest.approx(4 * (30 + 12))
     unseen = [missing[0] | {"method": "lora", "max_train": None}]
-    assert runner.estimate(unseen, [line for line in lines if line["wanted"]["task"] == "sst2"]) == pytest.approx((30 + 12) / 2)
+    assert runner.estimate(unseen, [line for line in lines if line["wanted"]["task"] == "sst2"]) == pytest.approx(
+        (30 + 12) / 2
+    )
     assert runner.estimate(missing, []) is None
 
 
@@ -98,7 +128,10 @@ def test_progress_counts_runs_whose_rate_is_not_known_yet():
     searching = plan("each", seeds=(0, 1))
     first = next(searching.possible([]))
     assert runner.progress(searching, [], 2) == "0 of 16 runs done"
-    assert runner.progress(searching, [line(first, n_train=4000, seconds=480.0)], 2) == "1 of 16 runs done, about 60 minutes left"
+    assert (
+        runner.progress(searching, [line(first, n_train=4000, seconds=480.0)], 2)
+        == "1 of 16 runs done, about 60 minutes left"
+    )
 
 
 def test_a_table_grows_with_the_tasks_and_seeds_of_later_commands(tmp_path):
@@ -112,13 +145,21 @@ def test_a_table_grows_with_the_tasks_and_seeds_of_later_commands(tmp_path):
     other = replace(later, plan=replace(later.plan, epochs=1))
     assert other.joined(tmp_path) == other
     given = replace(later, plan=replace(later.plan, tasks=("rte",), rates={"rte/prequant": 0.5}))
-    assert (given.joined(tmp_path).plan.tasks, given.joined(tmp_path).plan.rates) == (("sst2", "mrpc", "rte"), {"rte/prequant": 0.5})
-    changed = replace(later, plan=replace(later.plan, rates={"mrpc/prequant": 0.5}))  # would show other runs of mrpc than those that the folder's study is of
+    assert (given.joined(tmp_path).plan.tasks, given.joined(tmp_path).plan.rates) == (
+        ("sst2", "mrpc", "rte"),
+        {"rte/prequant": 0.5},
+    )
+    # would show other runs of mrpc than those that the folder's study is of
+    changed = replace(later, plan=replace(later.plan, rates={"mrpc/prequant": 0.5}))
     assert changed.joined(tmp_path) == changed
 
 
 def test_a_rate_searched_once_serves_every_arm_of_its_method():
-    arms = (Arm("ours", "prequant", {}), Arm("wider", "prequant", {"r": 20}), Arm("drawn", "prequant_random", {}, seeds_selector=True))
+    arms = (
+        Arm("ours", "prequant", {}),
+        Arm("wider", "prequant", {"r": 20}),
+        Arm("drawn", "prequant_random", {}, seeds_selector=True),
+    )
     searching = plan("once", experiment=Experiment("", arms))
     first = {identity(run): run for run in searching.possible([])}
     assert len(first) == 6 and {(run["task"], run["epochs"]) for run in first.values()} == {("sst2", 1)}
@@ -134,11 +175,23 @@ def test_an_arm_with_a_grid_of_its_own_searches_it():
     arms = (Arm("ours", "prequant", {}), Arm("wide", "prequant", {"r": 20}, grid=(0.1, 0.2)))
     searching = plan("once", experiment=Experiment("", arms), tasks=("sst2",), seeds=(0,))
     first = list(searching.possible([]))
-    assert [(run["quantization"], run["lr"], run["epochs"]) for run in first[3:]] == [({"r": 20}, 0.1, 1), ({"r": 20}, 0.2, 1)] and len(first) == 5
+    assert [(run["quantization"], run["lr"], run["epochs"]) for run in first[3:]] == [
+        ({"r": 20}, 0.1, 1),
+        ({"r": 20}, 0.2, 1),
+    ] and len(first) == 5
     lines = [line(run, run["lr"]) for run in first]
-    assert [(run["quantization"], run["lr"]) for run in searching.possible(lines) if run["epochs"] == 3] == [({}, 1e-2), ({"r": 20}, 0.2)]
-    assert [run["lr"] for run in plan("each", experiment=Experiment("", arms), tasks=("sst2",)).possible([])][3:] == [0.1, 0.2]
-    assert {run["lr"] for run in plan("quick", experiment=Experiment("", arms)).possible([])} == {train.LEARNING_RATES["prequant"], 0.2}
+    assert [(run["quantization"], run["lr"]) for run in searching.possible(lines) if run["epochs"] == 3] == [
+        ({}, 1e-2),
+        ({"r": 20}, 0.2),
+    ]
+    assert [run["lr"] for run in plan("each", experiment=Experiment("", arms), tasks=("sst2",)).possible([])][3:] == [
+        0.1,
+        0.2,
+    ]
+    assert {run["lr"] for run in plan("quick", experiment=Experiment("", arms)).possible([])} == {
+        train.LEARNING_RATES["prequant"],
+        0.2,
+    }
     done = [*lines, *(line(run) for run in searching.possible(lines) if run["epochs"] == 3)]
     assert "one for each method: prequant at 0.01, wide at 0.2." in "\n".join(tables.markdown(searching, done))
 
@@ -155,15 +208,26 @@ def test_a_restart_runs_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "perform", perform)
     out, said = tmp_path / "runs" / "runs.jsonl", []
     failed = runner.run(plan(), out, "tiny", "/models/tiny", "/glue", 1, 2, said.append)
-    assert len(failed) == 2 and len(calls) == 8 and all("ft, lr 5e-05, seed 1, 3 epochs" in message and "exit code -9" in message for message in failed)
-    assert {settings["model"] for settings in calls} == {"/models/tiny"} and "/models" not in out.read_text() and "/glue" not in out.read_text()
+    assert (
+        len(failed) == 2
+        and len(calls) == 8
+        and all("ft, lr 5e-05, seed 1, 3 epochs" in message and "exit code -9" in message for message in failed)
+    )
+    assert (
+        {settings["model"] for settings in calls} == {"/models/tiny"}
+        and "/models" not in out.read_text()
+        and "/glue" not in out.read_text()
+    )
     assert any("about" in message and "minutes left" in message for message in said)
     with out.open("a") as file:
         file.write('{"wanted": {"task": "ss')  # a kill in the middle of a line
     calls += [None] * 20
     assert runner.run(plan(), out, "tiny", "/models/tiny", "/glue", 1, 1, said.append) == []
     assert len(calls) == 8 + 20 + 2 and len(runner.read_lines(out)) == 8
-    assert runner.run(plan(), out, "other", "/models/other", "/glue", 1, 4, said.append) == [] and len(runner.read_lines(out)) == 16
+    assert (
+        runner.run(plan(), out, "other", "/models/other", "/glue", 1, 4, said.append) == []
+        and len(runner.read_lines(out)) == 16
+    )
 
 
 def test_a_table_has_means_spreads_and_an_average_of_complete_tasks():
@@ -186,19 +250,34 @@ def test_a_table_has_means_spreads_and_an_average_of_complete_tasks():
 
 def test_a_table_compares_with_one_arm_on_the_same_rows():
     arms = (Arm("ours", "prequant", {}), Arm("drawn", "prequant_random", {}), Arm("full", "ft"))
-    compared = plan(experiment=Experiment("", arms, against="ours"), rates={"prequant": 1e-3, "prequant_random": 1e-3}, seeds=(0, 1, 2))
+    compared = plan(
+        experiment=Experiment("", arms, against="ours"),
+        rates={"prequant": 1e-3, "prequant_random": 1e-3},
+        seeds=(0, 1, 2),
+    )
     runs = [run for run in compared.possible([]) if run["method"] != "ft" and run["task"] == "sst2"]
     scores = {"prequant": 0.8, "prequant_random": 0.7}
-    lines = [line(run, scores[run["method"]], overlap=0.25 if run["method"] == "prequant_random" else None) for run in runs]
+    lines = [
+        line(run, scores[run["method"]], overlap=0.25 if run["method"] == "prequant_random" else None) for run in runs
+    ]
     text = "\n".join(tables.markdown(compared, lines[:-1]))  # of one arm only two seeds: those are compared
-    assert "| method | sst2 (accuracy) | minus ours | mrpc (accuracy) | minus ours | trained | model | overlap |" in text
+    assert (
+        "| method | sst2 (accuracy) | minus ours | mrpc (accuracy) | minus ours | trained | model | overlap |" in text
+    )
     assert "| ours | 80.00 ± 0.00 (3) |  |  |  | 10 | 2.0 MB |  |" in text
     (row,) = [row for row in text.splitlines() if row.startswith("| drawn")]
     _, low, high = map(
-        float, re.fullmatch(r"\| drawn \| 70\.00 ± 0\.00 \(2\) \| (-10\.00) \[(\S+), (\S+)\] \|  \|  \| 10 \| 2\.0 MB \| 0\.25 \|", row).groups()
+        float,
+        re.fullmatch(
+            r"\| drawn \| 70\.00 ± 0\.00 \(2\) \| (-10\.00) \[(\S+), (\S+)\] \|  \|  \| 10 \| 2\.0 MB \| 0\.25 \|", row
+        ).groups(),
     )
     assert -20 <= low <= -16 and -4 <= high < 0  # 10 points and 1.96 times sqrt(0.1 * 0.9 / 50), in steps of one row
-    assert "- not run: full." in text and "- learning rates, given: prequant at 0.001, prequant_random at 0.001." in text and "| full |" not in text
+    assert (
+        "- not run: full." in text
+        and "- learning rates, given: prequant at 0.001, prequant_random at 0.001." in text
+        and "| full |" not in text
+    )
     assert tables.difference([], lines) == tables.difference(lines[:1], lines[1:2]) == ""  # no seed is shared
     assert "- overlap: the Jaccard overlap" in text
     regression = [line(run | {"task": "stsb"}) for run in runs[:1]]
@@ -218,7 +297,9 @@ def test_few_rows_are_compared_with_as_few():
 def test_given_rates_are_not_searched():
     given = plan("each", rates={"prequant": 0.25})
     runs = list(given.possible([]))
-    assert {run["lr"] for run in runs if run["method"] == "prequant"} == {0.25} and {run["lr"] for run in runs if run["method"] == "ft"} == set(GRIDS["ft"])
+    assert {run["lr"] for run in runs if run["method"] == "prequant"} == {0.25} and {
+        run["lr"] for run in runs if run["method"] == "ft"
+    } == set(GRIDS["ft"])
     assert len(given.every([])) == 2 * (3 + 1) + 2 * 2
 
 
@@ -229,12 +310,23 @@ def test_a_rate_given_for_a_task_is_of_that_task_and_of_arms_without_a_grid():
     searches = list(given.possible([]))[:3]
     assert [run["lr"] for run in searches] == [1e-4, 2e-4, 3e-4]
     lines = [line(run, score) for run, score in zip(searches, (0.7, 0.9, 0.8), strict=True)]
-    rates = {(run["task"], (run["quantization"] or {}).get("r")): run["lr"] for run in given.possible(lines) if run["epochs"] == given.epochs}
+    rates = {
+        (run["task"], (run["quantization"] or {}).get("r")): run["lr"]
+        for run in given.possible(lines)
+        if run["epochs"] == given.epochs
+    }
     assert rates == {("sst2", None): 0.5, ("mrpc", None): 0.25, ("sst2", 10): 2e-4, ("mrpc", 10): 2e-4}
     of_one = plan("once", experiment=Experiment("", arms[:1]), rates={"mrpc/prequant": 0.25})
     searched = [line(run, score) for run, score in zip(list(of_one.possible([]))[:3], (0.7, 0.9, 0.8), strict=True)]
-    text = "\n".join(tables.markdown(of_one, searched + [line(run) for run in of_one.possible(searched) if run["epochs"] == of_one.epochs]))
-    assert f"one for each method: prequant at {GRIDS['prequant'][1]:g}." in text and "- learning rates, given: mrpc/prequant at 0.25." in text
+    text = "\n".join(
+        tables.markdown(
+            of_one, searched + [line(run) for run in of_one.possible(searched) if run["epochs"] == of_one.epochs]
+        )
+    )
+    assert (
+        f"one for each method: prequant at {GRIDS['prequant'][1]:g}." in text
+        and "- learning rates, given: mrpc/prequant at 0.25." in text
+    )
 
 
 def recorded(folder, names):
@@ -244,7 +336,9 @@ def recorded(folder, names):
         made = EXPERIMENTS[name](6)
         whole = Plan(made, made.tasks, (0, 1, 2), "quick")
         page.Study(name, "tiny", 6, whole).write(folder)
-        lines |= {identity(run): line(run, 0.7 + (len(identity(run)) % 7 + run["seed"]) / 50) for run in whole.possible([])}
+        lines |= {
+            identity(run): line(run, 0.7 + (len(identity(run)) % 7 + run["seed"]) / 50) for run in whole.possible([])
+        }
     (folder / "runs.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines.values()))
     return lines
 
@@ -254,13 +348,21 @@ def test_the_page_stands_alone(tmp_path):
     report = tmp_path / "report.html"
     assert CliRunner().invoke(cli.app, ["report", str(tmp_path), "-o", str(report)]).exit_code == 0
     text = report.read_text()
-    assert text.count("<svg") == len(EXPERIMENTS) and text.count("<h2 id=") == len(EXPERIMENTS) and f"{len(lines)} runs of tiny" in text
+    assert (
+        text.count("<svg") == len(EXPERIMENTS)
+        and text.count("<h2 id=") == len(EXPERIMENTS)
+        and f"{len(lines)} runs of tiny" in text
+    )
     parsed = xml.etree.ElementTree.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
     assert parsed.tag.endswith("svg")
-    assert not re.search(r'(?:src|href)="(?!#)(?!http://www\.w3\.org)', re.sub(r"<svg.*?</svg>", "", text, flags=re.S)) and "<script" not in text
+    assert (
+        not re.search(r'(?:src|href)="(?!#)(?!http://www\.w3\.org)', re.sub(r"<svg.*?</svg>", "", text, flags=re.S))
+        and "<script" not in text
+    )
     assert "163.1" in text and "T5-3B encoder" in text  # the paper's numbers stand beside ours
     assert "a part of the training rows, not the whole task: sst2, qnli" in text
-    assert CliRunner().invoke(cli.app, ["report", str(tmp_path), "-o", str(report)]).exit_code == 2  # not overwritten unasked
+    # not overwritten unasked
+    assert CliRunner().invoke(cli.app, ["report", str(tmp_path), "-o", str(report)]).exit_code == 2
 
 
 def test_a_page_of_what_has_run_so_far(tmp_path):
@@ -277,12 +379,20 @@ def test_a_page_of_what_has_run_so_far(tmp_path):
 def test_the_error_map_has_every_matrix_and_strategy(tmp_path):
     model = tiny_model("bert")
     errors = error_map.error_map(model)
-    assert len(errors) == 4 * 12 and {error.block for error in errors} == {0, 1} and "attention.self.query" in {error.matrix for error in errors}
-    one = next(error for error in errors if (error.strategy, error.block, error.matrix) == ("outlier_aware", 1, "output.dense"))
+    assert (
+        len(errors) == 4 * 12
+        and {error.block for error in errors} == {0, 1}
+        and "attention.self.query" in {error.matrix for error in errors}
+    )
+    one = next(
+        error for error in errors if (error.strategy, error.block, error.matrix) == ("outlier_aware", 1, "output.dense")
+    )
     linear = model.bert.encoder.layer[1].output.dense
     dense = PreQuantLinear.from_linear(linear, PreQuantConfig(r=0), axis="output").dequantize()
     assert one.error == pytest.approx(((dense - linear.weight).norm() / linear.weight.norm()).item(), rel=1e-5)
-    assert sum(error.error for error in errors if error.strategy == "mse") <= sum(error.error for error in errors if error.strategy == "min_max")
+    assert sum(error.error for error in errors if error.strategy == "mse") <= sum(
+        error.error for error in errors if error.strategy == "min_max"
+    )
     with pytest.raises(ValueError, match="the blocks of Plain are not known"):
         error_map.error_map(Plain())
 
@@ -294,11 +404,16 @@ def test_the_error_map_has_every_matrix_and_strategy(tmp_path):
 
 def test_markdown_becomes_html():
     text = html_page.as_html("| a | b |\n|---|---|\n| 1 < 2 | 3 |\n\n- a note\n- another")
-    assert text == "<table>\n<tr><th>a</th><th>b</th></tr>\n<tr><td>1 &lt; 2</td><td>3</td></tr>\n</table>\n<ul>\n<li>a note</li>\n<li>another</li>\n</ul>"
+    assert (
+        text == "<table>\n<tr><th>a</th><th>b</th></tr>\n<tr><td>1 &lt; 2</td><td>3</td></tr>\n</table>\n<ul>\n<li>a "
+        "note</li>\n<li>another</li>\n</ul>"
+    )
 
 
 def test_a_study_is_read_as_it_was_written(tmp_path):
-    written = page.Study("table5", "tiny", 9, Plan(EXPERIMENTS["table5"](9), ("sst2",), (0, 3), "once", "synthetic", 2, 100))
+    written = page.Study(
+        "table5", "tiny", 9, Plan(EXPERIMENTS["table5"](9), ("sst2",), (0, 3), "once", "synthetic", 2, 100)
+    )
     written.write(tmp_path)
     (read,) = page.read_studies(tmp_path)
     assert read.plan.experiment == written.plan.experiment and [*read.plan.possible([])] == [*written.plan.possible([])]
@@ -327,7 +442,10 @@ def test_the_command_trains_and_prints_its_table(tmp_path, monkeypatch):
     done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 0, done.output
     assert "| min_max |" in done.stdout and (tmp_path / "runs" / "table3.md").read_text() == done.stdout
-    errors = {run["wanted"]["quantization"].get("strategy"): run["quantization_error"] for run in runner.read_lines(tmp_path / "runs" / "runs.jsonl")}
+    errors = {
+        run["wanted"]["quantization"].get("strategy"): run["quantization_error"]
+        for run in runner.read_lines(tmp_path / "runs" / "runs.jsonl")
+    }
     assert len(errors) == 4 and errors["mse"] <= errors["min_max"] and errors["row_wise"] < errors[None]
     monkeypatch.setattr(runner, "perform", None)  # nothing is run again
     assert CliRunner().invoke(cli.app, arguments).stdout == done.stdout
@@ -348,5 +466,7 @@ def test_the_command_trains_and_prints_its_table(tmp_path, monkeypatch):
 )
 def test_wrong_experiments_are_refused_before_they_begin(changes, message, tmp_path):
     float_model = save_float_model(tmp_path / "float")
-    done = CliRunner().invoke(cli.app, ["experiment", "table3", "--model", float_model, "-o", str(tmp_path / "runs"), *changes])
+    done = CliRunner().invoke(
+        cli.app, ["experiment", "table3", "--model", float_model, "-o", str(tmp_path / "runs"), *changes]
+    )
     assert done.exit_code == 2 and message in done.output

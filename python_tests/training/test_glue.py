@@ -22,7 +22,7 @@ def write_rows(folder, task="sst2", split="validation", lines=('{"sentence": "fi
     return path
 
 
-# ---- tasks ------------------------------------------------------------------------------------------------------------
+# ---- tasks -----------------------------------------------------------------------------------------------------------
 
 PAPER_METRIC = {"cola": "matthews", "stsb": "spearman"}
 
@@ -58,7 +58,9 @@ def test_plain_and_gzipped_files_are_read_alike(tmp_path):
 
 
 def test_missing_file_names_what_it_looked_for(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no train rows of rte: looked for .*rte/train\.jsonl and .*rte/train\.jsonl\.gz"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no train rows of rte: looked for .*rte/train\.jsonl and .*rte/train\.jsonl\.gz"
+    ):
         find_file(tmp_path, TASKS["rte"], "train")
 
 
@@ -68,7 +70,18 @@ def test_a_named_folder_without_the_file_never_falls_back_to_the_hub(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "label"), [("sst2", 2), ("sst2", -1), ("sst2", 0.5), ("sst2", "1"), ("sst2", None), ("sst2", True), ("stsb", 5.1), ("stsb", -0.1), ("stsb", "3")]
+    ("task", "label"),
+    [
+        ("sst2", 2),
+        ("sst2", -1),
+        ("sst2", 0.5),
+        ("sst2", "1"),
+        ("sst2", None),
+        ("sst2", True),
+        ("stsb", 5.1),
+        ("stsb", -0.1),
+        ("stsb", "3"),
+    ],
 )
 def test_label_outside_the_range_names_file_and_line(tmp_path, task, label):
     good = {field: "fine" for field in TASKS[task].fields} | {"label": 1}
@@ -139,11 +152,14 @@ def test_hub_that_does_not_answer_is_a_missing_file(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(FileNotFoundError, match=r"looked for nyu-mll/glue, mnli, validation_matched on the hub \(no route\).*--data-dir"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"looked for nyu-mll/glue, mnli, validation_matched on the hub \(no route\).*--data-dir",
+    ):
         load_rows(TASKS["mnli"], "validation")
 
 
-# ---- the generated task -----------------------------------------------------------------------------------------------
+# ---- the generated task ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -152,13 +168,17 @@ def test_synthetic_rows_have_the_shape_of_every_task(name):
     for split in ("train", "validation"):
         rows = load_rows(task, split, source="synthetic")
         assert len(rows) == synthetic.ROWS[split]
-        assert all(set(row) == {*task.fields, "label"} and task.checked_label(row["label"], "") == row["label"] for row in rows)
+        assert all(
+            set(row) == {*task.fields, "label"} and task.checked_label(row["label"], "") == row["label"] for row in rows
+        )
     assert load_rows(task, "train", source="synthetic") == load_rows(task, "train", source="synthetic")
 
 
 def test_synthetic_labels_follow_from_the_words():
     for row in synthetic.generate(("sentence",), 3, "train"):
-        topics = Counter(topic for word in row["sentence"].split() for topic, words in enumerate(synthetic.TOPICS) if word in words)
+        topics = Counter(
+            topic for word in row["sentence"].split() for topic, words in enumerate(synthetic.TOPICS) if word in words
+        )
         assert topics.most_common(1)[0][0] == row["label"]
 
 
@@ -169,15 +189,19 @@ def test_synthetic_is_used_only_when_named(tmp_path):
         load_rows(TASKS["sst2"], "train", tmp_path)
 
 
-# ---- metrics ------------------------------------------------------------------------------------------------------------
+# ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
 def test_metrics_on_worked_examples():
     labels, predictions = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 0, 1, 1])  # tp 2, fn 1, tn 1, fp 1
     found = metrics.score(("accuracy", "f1", "matthews"), labels, predictions)
-    assert found == pytest.approx({"accuracy": 3 / 5, "f1": 2 / 3, "matthews": (2 * 1 - 1 * 1) / np.sqrt(3 * 3 * 2 * 2)})
+    assert found == pytest.approx(
+        {"accuracy": 3 / 5, "f1": 2 / 3, "matthews": (2 * 1 - 1 * 1) / np.sqrt(3 * 3 * 2 * 2)}
+    )
     ranks = metrics.score(("spearman", "pearson"), np.array([0.0, 1, 2, 3]), np.array([0.0, 1, 10, 100]))
-    assert ranks["spearman"] == pytest.approx(1) and ranks["pearson"] == pytest.approx(np.corrcoef([0, 1, 2, 3], [0, 1, 10, 100])[0, 1])
+    assert ranks["spearman"] == pytest.approx(1) and ranks["pearson"] == pytest.approx(
+        np.corrcoef([0, 1, 2, 3], [0, 1, 10, 100])[0, 1]
+    )
 
 
 @pytest.mark.parametrize("name", ["matthews", "spearman", "pearson"])
@@ -221,7 +245,7 @@ def test_bootstrap_refuses_unpaired_runs():
         metrics.paired_bootstrap(np.ones((1, 3)), np.ones((2, 3)))
 
 
-# ---- batches ------------------------------------------------------------------------------------------------------------
+# ---- batches ---------------------------------------------------------------------------------------------------------
 
 
 def batches_of(sampler, size):
@@ -237,7 +261,8 @@ def test_sampler_visits_every_example_once_in_batches_of_similar_length():
     padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
     assert padded < 1.1 * sum(lengths)
     longest = [max(lengths[i] for i in batch) for batch in batches]
-    assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.5  # the order of batches does not follow their length
+    # the order of batches does not follow their length
+    assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.5
 
 
 def test_sampler_order_is_a_function_of_seed_and_epoch():
@@ -256,7 +281,10 @@ class PadOnly:
 
 
 def test_collator_pads_to_the_longest_of_its_batch():
-    examples = [{"input_ids": [1, 2, 4], "attention_mask": [1, 1, 1], "labels": 1}, {"input_ids": [5], "attention_mask": [1], "labels": 0}]
+    examples = [
+        {"input_ids": [1, 2, 4], "attention_mask": [1, 1, 1], "labels": 1},
+        {"input_ids": [5], "attention_mask": [1], "labels": 0},
+    ]
     batch = Collator(PadOnly())(examples)
     assert batch["input_ids"].tolist() == [[1, 2, 4], [5, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]

@@ -37,7 +37,7 @@ def settings(float_model, method="prequant", **changes):
     return train.Settings(float_model, method=method, **(defaults | changes))
 
 
-# ---- models -------------------------------------------------------------------------------------------------------------
+# ---- models ----------------------------------------------------------------------------------------------------------
 
 
 METHODS = ("prequant", "ft")  # whose models are written to disk
@@ -51,17 +51,26 @@ def ready(float_model, method, seed=0):
 
 def head_of(float_model, method, seed):
     model = ready(float_model, method, seed)
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if name in head_parameter_names(model)}
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if name in head_parameter_names(model)
+    }
 
 
 def test_both_methods_start_from_the_same_head(float_model):
     heads = {(method, seed): head_of(float_model, method, seed) for method in METHODS for seed in (0, 1)}
     for seed in (0, 1):
         first, second = heads["prequant", seed], heads["ft", seed]
-        assert set(first) == set(second) == {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+        assert (
+            set(first)
+            == set(second)
+            == {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+        )
         assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(heads["ft", 0]["classifier.weight"], heads["ft", 1]["classifier.weight"])
-    assert torch.equal(heads["ft", 0]["bert.pooler.dense.weight"], heads["ft", 1]["bert.pooler.dense.weight"])  # pre-trained: not drawn
+    # pre-trained: not drawn
+    assert torch.equal(heads["ft", 0]["bert.pooler.dense.weight"], heads["ft", 1]["bert.pooler.dense.weight"])
 
 
 def test_the_head_does_not_depend_on_what_was_drawn_before(float_model):
@@ -76,19 +85,27 @@ def test_a_fresh_norm_starts_as_the_identity():
     model.config = None
     torch.nn.init.normal_(model[0].weight)
     initialise_head(model, ["0.weight", "0.bias", "1.bias"], 0)
-    assert model[0].weight.tolist() == [1.0] * 4 and model[0].bias.tolist() == [0.0] * 4 and model[1].bias.tolist() == [0.0] * 2
+    assert (
+        model[0].weight.tolist() == [1.0] * 4
+        and model[0].bias.tolist() == [0.0] * 4
+        and model[1].bias.tolist() == [0.0] * 2
+    )
 
 
 def test_what_each_method_trains(float_model):
     tuned = ready(float_model, "prequant")
     names = set(train.trained_tensors(tuned))
-    assert names == {name for name, _ in tuned.named_parameters() if name.endswith("outlier_weight")} | set(head_parameter_names(tuned))
+    assert names == {name for name, _ in tuned.named_parameters() if name.endswith("outlier_weight")} | set(
+        head_parameter_names(tuned)
+    )
     full = ready(float_model, "ft")
     assert all(parameter.requires_grad for parameter in full.parameters())
 
 
 def test_a_method_refuses_the_other_kind_of_model(float_model):
-    with pytest.raises(ValueError, match=r"method prequant needs a quantized model \(prequant quantize\), but .* is a float one"):
+    with pytest.raises(
+        ValueError, match=r"method prequant needs a quantized model \(prequant quantize\), but .* is a float one"
+    ):
         train.fine_tune(train.Settings(float_model, "sst2", data="synthetic"))
     model = ready(float_model, "prequant")
     with pytest.raises(ValueError, match=r"method ft needs a float model, but .* is quantized already"):
@@ -115,7 +132,10 @@ def test_an_embedded_model_that_is_not_installed_says_how_to_install_it(monkeypa
         ({"lr": -1.0}, "lr must be positive, got -1.0"),
         ({"first_lr": 0.0, "method": "prequant_ticket"}, "first_lr must be positive, got 0.0"),
         ({"first_lr": 1e-4}, "prequant begins with none; got 0.0001"),
-        ({"l1_strength": 1e-5}, "l1_strength must be at least 0, and 0 unless the method is ft, got 1e-05 with prequant"),
+        (
+            {"l1_strength": 1e-5},
+            "l1_strength must be at least 0, and 0 unless the method is ft, got 1e-05 with prequant",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
@@ -124,7 +144,7 @@ def test_wrong_settings_are_named(change, message):
         train.Settings(**({"model": "m", "task": "sst2"} | change))
 
 
-# ---- training -------------------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -134,7 +154,9 @@ def test_training_learns_and_tells_what_it_did(float_model, method):
     assert result.score > 0.7
     assert result.score == max(result.epoch_scores) == result.epoch_scores[result.best_epoch - 1]
     assert (result.n_train, result.n_validation, len(result.epoch_scores)) == (512, 128, 5)
-    assert result.trainable_parameters == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert result.trainable_parameters == sum(
+        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    )
     assert result.task_bytes == 4 * result.trainable_parameters
     assert result.seconds > 0 and result.model_bytes > result.task_bytes
     line = json.loads(result.to_json())
@@ -170,16 +192,22 @@ def test_every_other_method_runs(float_model, name):
     assert (predictions == labels).mean() == line["score"]
     assert 0 <= line["overlap"] < 1 if name in ("prequant_random", "prequant_ticket") else line["overlap"] is None
     if ALL_METHODS[name].is_trained:
-        assert line["trainable_parameters"] == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        assert line["trainable_parameters"] == sum(
+            parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+        )
     else:  # what it cost is what the fine-tuning before it did
-        assert line["trainable_parameters"] == sum(parameter.numel() for parameter in load_model(float_model, TASKS["sst2"], 0)[0].parameters())
+        assert line["trainable_parameters"] == sum(
+            parameter.numel() for parameter in load_model(float_model, TASKS["sst2"], 0)[0].parameters()
+        )
 
 
 def test_the_l1_distance_of_the_first_run_holds_weights_back(float_model):
     def distance(strength: float) -> float:
         start = load_model(float_model, TASKS["sst2"], 0)[0].bert.encoder.state_dict()
         model = train.fine_tune(settings(float_model, "ft", epochs=1, lr=1e-3, l1_strength=strength))[0]
-        return sum((tensor - start[name]).abs().sum().item() for name, tensor in model.bert.encoder.state_dict().items())
+        return sum(
+            (tensor - start[name]).abs().sum().item() for name, tensor in model.bert.encoder.state_dict().items()
+        )
 
     assert distance(1.0) < 0.8 * distance(0.0)
 
@@ -213,7 +241,7 @@ def test_diverging_training_says_so(float_model):
         train.fine_tune(settings(float_model, lr=1e38, epochs=1))
 
 
-# ---- resuming -------------------------------------------------------------------------------------------------------------
+# ---- resuming --------------------------------------------------------------------------------------------------------
 
 WORKER = """
 import json, sys
@@ -283,7 +311,7 @@ def test_an_unfinished_run_with_other_settings_is_not_continued(float_model, tmp
     train.fine_tune(settings(float_model, epochs=1, lr=2e-2), tmp_path, start_anew=True)
 
 
-# ---- what a run costs -----------------------------------------------------------------------------------------------------
+# ---- what a run costs ------------------------------------------------------------------------------------------------
 
 
 def test_peak_memory_sees_what_was_held_and_let_go():

@@ -1,4 +1,6 @@
-"""Plain transformers.Trainer and Accelerate on a quantized model: resume, bf16 autocast, gradient checkpointing, torch.compile, gradient scaling."""
+"""Plain transformers.Trainer and Accelerate on a quantized model: resume, bf16 autocast, gradient checkpointing,
+torch.compile, gradient scaling.
+"""
 
 import math
 
@@ -11,7 +13,10 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from prequant_ext import PreQuantConfig, prepare_model, quantize_model, trainable_parameters
 from support.toys import make_toy, toy_inputs
 
-ROWS = [{"input_ids": torch.randint(3, 99, (7,), generator=torch.Generator().manual_seed(row)), "labels": row % 2} for row in range(16)]
+ROWS = [
+    {"input_ids": torch.randint(3, 99, (7,), generator=torch.Generator().manual_seed(row)), "labels": row % 2}
+    for row in range(16)
+]
 
 
 def quantized_bert(config: PreQuantConfig | None = None) -> PreTrainedModel:
@@ -21,7 +26,13 @@ def quantized_bert(config: PreQuantConfig | None = None) -> PreTrainedModel:
 
 
 def trainer(model, folder, **changes) -> Trainer:
-    settings = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_strategy": "no", "logging_steps": 1}
+    settings = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
     arguments = TrainingArguments(folder, report_to=[], use_cpu=True, disable_tqdm=True, **(settings | changes))
     return Trainer(model, arguments, train_dataset=ROWS)
 
@@ -52,9 +63,12 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
 def test_bf16_autocast_trains_float32_masters(tmp_path):
     exact = trainer(quantized_bert(), tmp_path)
     exact.train()
-    mixed = trainer(quantized_bert(), tmp_path, bf16=True)  # made after the other has trained: making one sets the seed that dropout draws from
+    # made after the other has trained: making one sets the seed that dropout draws from
+    mixed = trainer(quantized_bert(), tmp_path, bf16=True)
     dtypes = []
-    mixed.model.bert.encoder.layer[0].intermediate.dense.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    mixed.model.bert.encoder.layer[0].intermediate.dense.register_forward_hook(
+        lambda module, args, output: dtypes.append(output.dtype)
+    )
     mixed.train()
     assert set(dtypes) == {torch.bfloat16}
     assert {parameter.dtype for parameter in trained(mixed.model).values()} == {torch.float32}
@@ -68,7 +82,9 @@ def test_trainers_own_gradient_checkpointing(use_reentrant, tmp_path):
     plain = trainer(quantized_bert(), tmp_path)
     plain.train()
     model = prepare_model(quantized_bert(), gradient_checkpointing=True, use_reentrant=use_reentrant)
-    checkpointed = trainer(model, tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    checkpointed = trainer(
+        model, tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
+    )
     calls = []
     model.bert.encoder.layer[0].output.dense.register_forward_hook(lambda *_: calls.append(1))
     checkpointed.train()
@@ -78,7 +94,10 @@ def test_trainers_own_gradient_checkpointing(use_reentrant, tmp_path):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_trainer_compiles(backend, tmp_path):
-    runs = [trainer(quantized_bert(), tmp_path), trainer(quantized_bert(), tmp_path, torch_compile=True, torch_compile_backend=backend)]
+    runs = [
+        trainer(quantized_bert(), tmp_path),
+        trainer(quantized_bert(), tmp_path, torch_compile=True, torch_compile_backend=backend),
+    ]
     for run in runs:
         for module in run.model.modules():
             if isinstance(module, nn.Dropout):
@@ -87,7 +106,9 @@ def test_trainer_compiles(backend, tmp_path):
     torch._dynamo.utils.counters.clear()
     for run in runs:
         run.train()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1 and not torch._dynamo.utils.counters["graph_break"]
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1 and not torch._dynamo.utils.counters["graph_break"]
+    )
     torch.testing.assert_close(losses(runs[1]), losses(runs[0]), rtol=1e-3, atol=1e-3)
 
 
@@ -122,14 +143,20 @@ def test_a_gradient_scaler_sees_gradients_that_overflow():
     """In the outlier weights alone: nothing else trains."""
     model = quantized_bert()
     layer = model.bert.encoder.layer[0].output.dense
-    layer.register_forward_hook(lambda module, args, output: output.register_hook(lambda gradient: gradient * 1e38) and None)
+    layer.register_forward_hook(
+        lambda module, args, output: output.register_hook(lambda gradient: gradient * 1e38) and None
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     optimizer = torch.optim.SGD([layer.outlier_weight], lr=0.1)
     before = layer.outlier_weight.detach().clone()
     scaler.scale(model(**toy_inputs(model), labels=torch.tensor([0, 1, 1])).loss).backward()
     scaler.step(optimizer)
     scaler.update()
-    assert not layer.outlier_weight.grad.isfinite().all() and torch.equal(layer.outlier_weight, before) and scaler.get_scale() == 2.0**15
+    assert (
+        not layer.outlier_weight.grad.isfinite().all()
+        and torch.equal(layer.outlier_weight, before)
+        and scaler.get_scale() == 2.0**15
+    )
 
 
 def test_accelerate_saves_and_loads_its_state(tmp_path):
