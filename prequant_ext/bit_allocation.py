@@ -305,9 +305,8 @@ def _proposal(measured: Sensitivity, chosen: Mapping[Block, int]) -> Proposal:
     rows, by_block = [], measured.by_block()
     for block, options in block_options(measured).items():
         sizes, errors = ({bits: option[i] for bits, option in options.items()} for i in (0, 1))
-        rows.append(
-            BlockBits(block, chosen[block], sum(math.prod(each.shape) for each in by_block[block]), errors, sizes)
-        )  # type: ignore[arg-type]
+        weights = sum(math.prod(each.shape) for each in by_block[block])
+        rows.append(BlockBits(block, chosen[block], weights, errors, sizes))  # type: ignore[arg-type]
     size = sum(row.code_bytes[row.bits] for row in rows)
     error = sum(row.squared_error[row.bits] for row in rows)
     return Proposal(rules_of(chosen), tuple(rows), measured.other_bytes + size, 8 * size / measured.weights, error)

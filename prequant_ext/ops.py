@@ -290,7 +290,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "linear_w4a8": lambda x, x_codes, x_scale, x_zero_point, x_sums, weight_packed, *rest: x.new_empty(
         x.shape[0], _out_features(weight_packed, rest[8:])
     ),
-    "linear_dx": lambda grad_y, weight_packed, scale, zero_point, dims, outlier_weight, K, bits, axis, in_float32=True: (
+    "linear_dx": lambda grad_y, weight_packed, scale, zero_point, dims, outlier_weight, K, bits, axis, _float32=True: (
         grad_y.new_empty(grad_y.shape[0], K)
     ),
     "outlier_grad": lambda grad_y, x, x_scale, x_zero_point, outlier_dims, axis: grad_y.new_empty(

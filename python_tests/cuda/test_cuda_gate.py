@@ -9,11 +9,11 @@ import re
 import subprocess
 from pathlib import Path
 
-import cubins as gate
 import pytest
 
 from prequant_ext import doctor
 from support import ROOT
+from tools import cubins as gate
 from tools.budgets import MULTIPROCESSORS, blocks_per_multiprocessor, find_budget, read_budgets
 from tools.cubins import ARCHITECTURES, SOURCES, Cubin, Kernel
 
