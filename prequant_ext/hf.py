@@ -34,11 +34,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from prequant_ext import checkpoint, quantize
 from prequant_ext.checkpoint import save_model_dir
 from prequant_ext.config import FORMAT_VERSION, PreQuantConfig
+from prequant_ext.distributed import check_strategy
 from prequant_ext.embedding import PreQuantEmbedding
 from prequant_ext.families import Family
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import empty_layer, freeze_base, merge
-from prequant_ext.prepare import check_strategy
 from prequant_ext.reference import container_bits
 from prequant_ext.sites import Site, find_sites
 from prequant_ext.strictness import warn

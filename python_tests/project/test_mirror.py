@@ -48,7 +48,7 @@ def test_imports_point_down_only():
     it stands.
     """
     rooms = [
-        ["config", "reference", "strictness", "measure", "html_page"],
+        ["config", "reference", "strictness", "measure", "html_page", "distributed"],
         ["_native", "guards"],
         ["ops"],
         ["outliers"],
