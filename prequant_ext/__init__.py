@@ -2,9 +2,9 @@
 2023).
 """
 
-import importlib.util
-
+from prequant_ext import neighbours
 from prequant_ext.bit_allocation import propose_layer_bits, sensitivity
+from prequant_ext.checkpoint import save_model_dir
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.embedding import PreQuantEmbedding
 from prequant_ext.families import FAMILIES, Family
@@ -23,8 +23,8 @@ from prequant_ext.task import (
     task_parameters,
 )
 
-if importlib.util.find_spec("transformers") is not None:
-    from prequant_ext import hf, t5_encoder  # noqa: F401  transformers finds no plug-ins by itself: importing this package registers ours
+# transformers finds no plug-ins by itself: importing this package registers ours.
+neighbours.open_if_installed("transformers", "the transformers plug-in", "prequant_ext.hf", "prequant_ext.t5_encoder")
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "propose_layer_bits",
     "quantize_model",
     "remove_task",
+    "save_model_dir",
     "save_task",
     "sensitivity",
     "set_task",

@@ -20,7 +20,7 @@ from prequant_ext.glue import train
 from prequant_ext.glue.models import classifier_class, load_tokenizer, resolve_model
 from prequant_ext.glue.tasks import get_task, load_rows
 from prequant_ext.linear import PreQuantLinear
-from prequant_ext.model import PlanRow, Report, merge, plan, quantize_model
+from prequant_ext.model import PlanRow, Report, plan, quantize_model
 from prequant_ext.pages.inspection import Inspection, inspect_float, inspect_quantized
 from prequant_ext.pages.model_page import model_page
 from prequant_ext.perplexity import exp_mean, token_losses, window_sizes
@@ -28,7 +28,7 @@ from prequant_ext.study.error_map import error_map, write_error_map
 from prequant_ext.study.experiments import EXPERIMENTS
 from prequant_ext.study.page import RUNS_FILE, Study, page
 from prequant_ext.study.runner import SEARCH_TASK, SEEDS, Plan, describe, identity, progress, read_lines, run, scores_of
-from prequant_ext.task import load_task
+from prequant_ext.task import load_task, merge
 from prequant_ext.task_file import read_task, write_atomically
 
 # beside the weights: errors and outlier counts cannot be computed again once the float weights are gone

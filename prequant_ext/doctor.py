@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prequant_ext import _native, reference
+from prequant_ext import _native, neighbours, reference
 
-PACKAGES = ("prequant_ext", "torch", "transformers", "numpy", "safetensors", "datasets", "accelerate", "typer")
-NEEDED_TRANSFORMERS = 5
+PACKAGES = ("prequant_ext", "torch", "transformers", "numpy", "safetensors", "datasets", "accelerate", "peft", "typer")
+DOORS = {"transformers": "the transformers plug-in", "peft": "the PEFT tuner"}  # whose neighbours have wanted versions
 
 
 def build_info() -> dict[str, Any]:
@@ -179,7 +179,7 @@ def examine() -> dict[str, Any]:
 def _judge(report: dict[str, Any]) -> tuple[list[dict[str, str]], list[str]]:
     problems: list[dict[str, str]] = []
     notes: list[str] = []
-    cuda, transformers = report["cuda"], report["versions"]["transformers"]
+    cuda = report["cuda"]
 
     missing = [name for name, devices in report["operators"].items() if not devices["cpu"]]
     if missing or not report["operators"]:
@@ -201,15 +201,14 @@ def _judge(report: dict[str, Any]) -> tuple[list[dict[str, str]], list[str]]:
                     "remedy": f"TORCH_CUDA_ARCH_LIST={gpu['capability']} {_native.REBUILD}",
                 }
             )
-    if transformers is not None and int(transformers.split(".")[0]) < NEEDED_TRANSFORMERS:
-        problems.append(
-            {
-                "problem": f"transformers {transformers} is older than {NEEDED_TRANSFORMERS}",
-                "remedy": "pip install 'transformers>=5'",
-            }
-        )
+    for module in neighbours.NEIGHBOURS:
+        version = report["versions"].get(module)
+        wrong = version and (neighbours.misfit(module, version) or neighbours.failure(module))
+        if wrong:
+            problem, _, remedy = neighbours.need(module, DOORS.get(module, module), wrong).rpartition(": ")
+            problems.append({"problem": problem, "remedy": remedy})
 
-    if transformers is None:
+    if report["versions"]["transformers"] is None:
         notes.append(
             "transformers is not installed; from_pretrained and the command line need it: pip install "
             "'prequant_ext[all]'"

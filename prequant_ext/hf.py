@@ -15,6 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from prequant_ext import neighbours
+
+neighbours.require("transformers", "the transformers plug-in")
+
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -38,7 +43,7 @@ from prequant_ext.distributed import check_strategy
 from prequant_ext.embedding import PreQuantEmbedding
 from prequant_ext.families import Family
 from prequant_ext.linear import PreQuantLinear
-from prequant_ext.model import empty_layer, freeze_base, merge
+from prequant_ext.model import empty_layer, freeze_base, on_pretrained_models, to_float
 from prequant_ext.reference import container_bits
 from prequant_ext.sites import Site, find_sites
 from prequant_ext.strictness import warn
@@ -370,7 +375,7 @@ class PreQuantHfQuantizer(HfQuantizer):
         return sys._getframe(1).f_locals.get("state_dict"), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        return merge(model)
+        return to_float(model)
 
     def is_serializable(self) -> bool:
         return True
@@ -484,3 +489,4 @@ def _register() -> None:
 
 
 _register()
+on_pretrained_models(attach, detach)

@@ -1,13 +1,14 @@
-"""A whole model: plan, quantize, choose what trains, merge back. Walk, swap, freeze."""
+"""A whole model: plan, quantize, choose what trains, make it float again. Walk, swap, freeze."""
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from prequant_ext import neighbours
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.embedding import PreQuantEmbedding
 from prequant_ext.families import Family
@@ -28,10 +29,11 @@ __all__ = [
     "find_sites",
     "freeze_base",
     "head_parameter_names",
-    "merge",
+    "on_pretrained_models",
     "plan",
     "quantize_model",
     "require_in_memory",
+    "to_float",
     "trainable_parameters",
 ]
 
@@ -107,6 +109,7 @@ def quantize_model(
     Raises ValueError as :func:`find_sites`, for a model on the meta device, and naming the parameter for weights that
     are not finite. Warns when most of the weights that should be quantized cannot be.
     """
+    callbacks = _callbacks() if is_pretrained_model(model) else None
     sites, uncovered = survey(model, config, family)
     modules = {site.name: model.get_submodule(site.name) for site in sites}
     on_meta = next((site.name for site in sites if modules[site.name].weight.is_meta), None)
@@ -140,8 +143,8 @@ def quantize_model(
 
     try:
         _swap(model, layers)
-        if is_pretrained_model(model):
-            _plug_in().attach(model, config, family)
+        if callbacks is not None:
+            callbacks.quantized(model, config, family)
     except BaseException:
         _swap(model, modules)
         raise
@@ -151,13 +154,32 @@ def quantize_model(
     return report
 
 
-def _plug_in() -> Any:
-    """prequant_ext.hf: the one import that points up. The plug-in builds on this module, and without it a transformers
-    model could not be saved.
-    """
-    from prequant_ext import hf
+class _Callbacks(NamedTuple):
+    """What a transformers model needs to be saved and loaded as a quantized one."""
 
-    return hf
+    quantized: Callable[[Any, PreQuantConfig, Family | None], None]
+    made_float: Callable[[Any], None]
+
+
+_registered: _Callbacks | None = None
+
+
+def on_pretrained_models(
+    quantized: Callable[[Any, PreQuantConfig, Family | None], None], made_float: Callable[[Any], None]
+) -> None:
+    """Call ``quantized(model, config, family)`` after :func:`quantize_model` and ``made_float(model)`` after
+    :func:`to_float` of a transformers model. The plug-in registers both when it is imported.
+    """
+    global _registered
+    _registered = _Callbacks(quantized, made_float)
+
+
+def _callbacks() -> _Callbacks:
+    """Raises ImportError where the plug-in could not be imported: the model could not be saved then."""
+    if _registered is None:
+        neighbours.require("transformers", "a quantized transformers model")
+        raise ImportError("a quantized transformers model needs the plug-in prequant_ext.hf, which is not imported")
+    return _registered
 
 
 def _quantize(
@@ -323,7 +345,7 @@ def require_in_memory(model: nn.Module) -> None:
 # ---- back to float ---------------------------------------------------------------------------------------------------
 
 
-def merge(model: nn.Module) -> nn.Module:
+def to_float(model: nn.Module) -> nn.Module:
     """Float layers again, in place: ``nn.Linear`` (Conv1D where it was one) and ``nn.Embedding``, holding
     ``dequantize()``. Returns ``model``.
 
@@ -337,6 +359,6 @@ def merge(model: nn.Module) -> nn.Module:
             layer = module.to_embedding() if isinstance(module, PreQuantEmbedding) else module.to_linear()  # type: ignore[operator]
             model.set_submodule(name, layer.train(module.training))
     if is_pretrained_model(model):
-        _plug_in().detach(model)
+        _callbacks().made_float(model)
     vars(model).pop("_prequant_family", None)
     return model.requires_grad_(True)

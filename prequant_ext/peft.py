@@ -23,6 +23,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+
+from prequant_ext import neighbours
+
+neighbours.require("peft", "the PEFT tuner")
+
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -306,7 +311,7 @@ class PreQuantColumnsModel(BaseTuner):
                     module.set_adapter([])
         super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         if merge:
-            return models.merge(self.model)
+            return models.to_float(self.model)
         models.freeze_base(self.model)
         return self.model
 

@@ -227,7 +227,7 @@ def merge(model: nn.Module, name: str | None = None) -> nn.Module:
     """
     if name is not None:
         set_task(model, name)
-    merged = models.merge(model)
+    merged = models.to_float(model)
     tasks = vars(model).pop(_ATTRIBUTE, None)
     if tasks is not None:
         tasks.row_tasks.remove()

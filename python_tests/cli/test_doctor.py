@@ -125,7 +125,12 @@ def test_old_transformers_is_a_problem():
     report = doctor.examine()
     report["versions"]["transformers"] = "4.57.1"
     problems, _ = doctor._judge(report)
-    assert problems == [{"problem": "transformers 4.57.1 is older than 5", "remedy": "pip install 'transformers>=5'"}]
+    assert problems == [
+        {
+            "problem": "the transformers plug-in needs transformers>=5.23,<6, but transformers 4.57.1 is installed",
+            "remedy": "pip install 'prequant_ext[hf]'",
+        }
+    ]
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------

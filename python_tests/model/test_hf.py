@@ -26,7 +26,7 @@ from prequant_ext import PreQuantConfig, hf
 from prequant_ext.config import FORMAT_VERSION
 from prequant_ext.families import Family
 from prequant_ext.linear import PreQuantLinear
-from prequant_ext.model import merge, quantize_model, trainable_parameters
+from prequant_ext.model import quantize_model, to_float, trainable_parameters
 from prequant_ext.strictness import PreQuantWarning
 from support.toys import TOYS, assert_same, make_toy, save_toy, toy_inputs, toy_output
 
@@ -414,7 +414,7 @@ def test_only_outlier_weights_and_the_head_train_after_loading(float_dir, quanti
 def test_a_merged_model_saves_a_plain_float_checkpoint(quantized_dir, tmp_path):
     model = BertForSequenceClassification.from_pretrained(quantized_dir)
     dense = model.bert.encoder.layer[0].output.dense.dequantize()
-    merge(model)
+    to_float(model)
     model.save_pretrained(tmp_path / "merged")
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     loaded = BertForSequenceClassification.from_pretrained(tmp_path / "merged")

@@ -1,4 +1,4 @@
-"""quantize_model, trainable_parameters and merge on small models of every family."""
+"""quantize_model, trainable_parameters and to_float on small models of every family."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ from prequant_ext.config import PreQuantConfig
 from prequant_ext.embedding import PreQuantEmbedding
 from prequant_ext.families import FAMILIES
 from prequant_ext.linear import PreQuantLinear
-from prequant_ext.model import head_parameter_names, merge, plan, quantize_model, trainable_parameters
+from prequant_ext.model import head_parameter_names, plan, quantize_model, to_float, trainable_parameters
 from support.tiny_models import (
     HIDDEN,
     PLAIN_FAMILY,
@@ -39,7 +39,7 @@ def test_a_quantized_model_computes_what_its_merged_twin_does(model_type, head):
     model = tiny_model(model_type, head)
     before = outputs(model)
     quantize_model(model, WEIGHT_ONLY)
-    twin = merge(copy.deepcopy(model))
+    twin = to_float(copy.deepcopy(model))
     torch.testing.assert_close(outputs(model), outputs(twin), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(outputs(model), before, atol=1e-5)  # 4 bits do show
 
@@ -48,7 +48,7 @@ def test_a_quantized_model_computes_what_its_merged_twin_does(model_type, head):
 def test_eight_bit_activations_stay_close_to_float_ones(model_type):
     model = tiny_model(model_type, "base")
     quantize_model(model, PreQuantConfig(r=2))
-    exact, got = outputs(merge(copy.deepcopy(model))), outputs(model)
+    exact, got = outputs(to_float(copy.deepcopy(model))), outputs(model)
     assert 0 < (got - exact).norm() / exact.norm() < 0.1
 
 
@@ -93,7 +93,7 @@ def test_activations_are_not_cast_to_the_type_of_the_codes():
     quantize_model(model, WEIGHT_ONLY)
     wo = model.encoder.block[0].layer[1].DenseReluDense.wo
     assert isinstance(wo, PreQuantLinear) and wo.weight.dtype == torch.float32
-    torch.testing.assert_close(outputs(model), outputs(merge(copy.deepcopy(model))), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(outputs(model), outputs(to_float(copy.deepcopy(model))), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -102,7 +102,7 @@ def test_a_half_precision_model_stays_one(dtype):
     quantize_model(model, WEIGHT_ONLY)
     assert outputs(model).dtype == dtype
     assert model.bert.encoder.layer[0].output.dense.outlier_weight.dtype == torch.float32
-    assert {parameter.dtype for parameter in merge(model).parameters()} == {dtype}
+    assert {parameter.dtype for parameter in to_float(model).parameters()} == {dtype}
 
 
 # ---- all or nothing --------------------------------------------------------------------------------------------------
@@ -120,12 +120,10 @@ def test_a_bad_weight_is_named_and_leaves_the_model_alone(name, value):
 
 
 def test_an_interrupt_at_the_last_step_leaves_the_model_alone(monkeypatch):
-    class Interrupted:
-        @staticmethod
-        def attach(*_):
-            raise KeyboardInterrupt
+    def interrupted(*_):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(model_module, "_plug_in", Interrupted)
+    monkeypatch.setattr(model_module, "_registered", model_module._Callbacks(interrupted, interrupted))
     model = tiny_model("bert")
     before = snapshot(model)
     with pytest.raises(KeyboardInterrupt):
@@ -233,7 +231,7 @@ def test_a_quantized_head_is_an_error():
         trainable_parameters(model)
 
 
-@pytest.mark.parametrize("function", [trainable_parameters, merge])
+@pytest.mark.parametrize("function", [trainable_parameters, to_float])
 def test_a_float_model_is_an_error(function):
     with pytest.raises(ValueError, match="BertForSequenceClassification is not quantized"):
         function(tiny_model("bert"))
@@ -267,7 +265,7 @@ def test_tuned_weights_that_do_not_fit_the_selector_are_refused(selector, tuned,
         quantize_model(tiny_model("bert"), PreQuantConfig(r=1, selector=selector), tuned=tuned)
 
 
-# ---- merge -----------------------------------------------------------------------------------------------------------
+# ---- to_float --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", ["bert", "gpt2", "t5"])
@@ -282,7 +280,7 @@ def test_a_merged_model_is_the_float_model_with_other_values(model_type):
         for name, module in model.named_modules()
         if isinstance(module, PreQuantLinear | PreQuantEmbedding)
     }
-    assert merge(model) is model
+    assert to_float(model) is model
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert {name: parameter.shape for name, parameter in model.named_parameters()} == shapes
     for name, values in dense.items():
@@ -299,4 +297,4 @@ def test_modes_of_modules_are_kept():
     modes = {name: module.training for name, module in model.named_modules()}
     quantize_model(model, WEIGHT_ONLY)
     assert {name: module.training for name, module in model.named_modules()} == modes
-    assert {name: module.training for name, module in merge(model).named_modules()} == modes
+    assert {name: module.training for name, module in to_float(model).named_modules()} == modes

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from prequant_ext import PreQuantConfig, hf, ops
 from prequant_ext.embedding import PreQuantEmbedding
 from prequant_ext.linear import PreQuantLinear
-from prequant_ext.model import merge, quantize_model, trainable_parameters
+from prequant_ext.model import quantize_model, to_float, trainable_parameters
 from prequant_ext.strictness import PreQuantWarning
 from support.toys import make_toy, save_toy, toy_inputs, toy_output
 
@@ -134,7 +134,7 @@ def test_trap_2_t5_does_not_cast_its_activations_to_the_codes_dtype():
     model = quantized_toy("t5", PreQuantConfig(r=2, activation_bits=None))
     assert isinstance(model.encoder.block[0].layer[1].DenseReluDense.wo, PreQuantLinear)
     before = toy_output(model)
-    torch.testing.assert_close(toy_output(merge(model)), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(toy_output(to_float(model)), before, rtol=1e-4, atol=1e-4)
 
 
 # ---- 3: heads --------------------------------------------------------------------------------------------------------

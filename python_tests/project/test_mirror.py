@@ -2,6 +2,7 @@
 
 import ast
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,44 +44,97 @@ def test_has_a_fake_a_kernel_and_a_test(op):
     assert (ROOT / "python_tests" / "operators" / f"test_{SHARED_TEST.get(op, op)}.py").exists()
 
 
+# Each room may import those above it in this list and, without a circle, its neighbours on the same line.
+ROOMS = (
+    ("config", "reference", "strictness", "measure", "html_page", "distributed"),
+    ("neighbours", "guards", "_native"),
+    ("ops",),
+    ("outliers",),
+    ("quantize", "frozen"),
+    ("linear", "embedding", "families", "doctor", "t5_encoder", "perplexity"),
+    ("blocks", "sites", "report"),
+    ("model",),
+    ("row_tasks", "checkpoint", "task_file", "prepare", "bit_allocation"),
+    ("hf", "task", "export", "peft"),
+    ("__init__",),
+    ("baselines",),
+    ("glue",),
+    ("study",),
+    ("pages",),
+    ("directory",),
+    ("serve",),
+    ("cli",),
+    ("__main__",),
+)
+PACKAGE = ROOT / "prequant_ext"
+
+
+def module_name(path: Path) -> str:
+    """prequant_ext/cli/app.py -> cli.app; a package is called after its folder, and the whole of it __init__."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "__init__"
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(module: str) -> set[str]:
+    """The modules of this package that a module imports, within functions too, and those that it names as text."""
+    found = set()
+
+    def add(name: str) -> None:
+        """The module called so, or the one that the last part is an attribute of."""
+        name = name.removeprefix("prequant_ext").removeprefix(".")
+        found.add(name if name in MODULES else name.rpartition(".")[0] or "__init__")
+
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports from {node.module!r} by dots"
+            if (node.module or "").split(".")[0] == "prequant_ext":
+                for alias in node.names:
+                    add(f"{node.module}.{alias.name}")
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "prequant_ext":
+                    add(alias.name)
+        elif isinstance(node, ast.Constant) and node.value in {f"prequant_ext.{other}" for other in MODULES}:
+            add(node.value)
+    return found - {module}
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def circles(edges: dict[str, set[str]]) -> list[str]:
+    """Modules that import themselves by way of others."""
+    reached = {module: set(others) for module, others in edges.items()}
+    for middle in edges:
+        for module, own in reached.items():
+            if middle in own:
+                reached[module] = own | reached[middle]
+    return sorted(module for module, own in reached.items() if module in own)
+
+
+def test_every_module_has_its_place():
+    listed = [name for names in ROOMS for name in names]
+    assert len(listed) == len(set(listed))
+    assert sorted({room(module) for module in MODULES} ^ set(listed)) == []
+
+
 def test_imports_point_down_only():
-    """reference <- ops <- linear <- model <- {hf, task} <- baselines <- glue <- cli; the one exception says why where
-    it stands.
-    """
-    rooms = [
-        ["config", "reference", "strictness", "measure", "html_page", "distributed"],
-        ["_native", "guards"],
-        ["ops"],
-        ["outliers"],
-        ["quantize", "frozen"],
-        ["linear", "embedding", "families", "doctor", "t5_encoder", "perplexity"],
-        ["blocks", "sites", "report"],
-        ["model"],
-        ["row_tasks", "checkpoint", "task_file", "prepare", "bit_allocation"],
-        ["hf", "task", "export", "peft"],
-        ["baselines"],
-        ["glue"],
-        ["study"],
-        ["pages"],
-        ["directory"],
-        ["serve"],
-        ["cli"],
+    level = {name: height for height, names in enumerate(ROOMS) for name in names}
+    upward = [
+        (module, other) for module in MODULES for other in imported(module) if level[room(other)] > level[room(module)]
     ]
-    level = {name: height for height, names in enumerate(rooms) for name in names}
-    upward = []
-    for path in (ROOT / "prequant_ext").rglob("*.py"):
-        own = level.get(path.relative_to(ROOT / "prequant_ext").parts[0].removesuffix(".py"))
-        for node in ast.walk(ast.parse(path.read_text())):
-            if (
-                own is None
-                or not isinstance(node, ast.ImportFrom)
-                or not (node.module or "").startswith("prequant_ext")
-            ):
-                continue
-            parts = (node.module or "").split(".")[1:]
-            names = [parts[0]] if parts else [alias.name for alias in node.names]
-            upward += [(path.name, name) for name in names if level.get(name, 0) > own]
-    assert sorted(upward) == [("directory.py", "cli"), ("model.py", "hf")]
+    assert upward == [("directory", "cli.console")]
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    # That a package is loaded before its modules is Python's doing and no import of theirs.
+    edges = {module: imported(module) for module in MODULES}
+    assert circles(edges) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
 
 
 def test_readme_map_is_true():
