@@ -33,6 +33,7 @@ __all__ = [
     "plan",
     "quantize_model",
     "require_in_memory",
+    "require_quantized",
     "to_float",
     "trainable_parameters",
 ]
@@ -262,7 +263,7 @@ def trainable_parameters(model: nn.Module, *, biases: bool = False, layer_norms:
     Raises ValueError for a model that is not quantized, where nothing would train, or where a head holds frozen parts
     of a quantized layer.
     """
-    _require_quantized(model)
+    require_quantized(model)
     names = _trainable_names(model, biases, layer_norms)
     for name, module in model.named_modules():
         frozen = {
@@ -325,7 +326,8 @@ def _train_only(model: nn.Module, names: set[str]) -> None:
         parameter.requires_grad_(name in names)
 
 
-def _require_quantized(model: nn.Module) -> None:
+def require_quantized(model: nn.Module) -> None:
+    """Raises ValueError where no layer of ``model`` is quantized."""
     if not any(isinstance(module, FrozenWeight) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is not quantized: call quantize_model first")
 
@@ -352,7 +354,7 @@ def to_float(model: nn.Module) -> nn.Module:
     Every parameter trains again, as in a freshly made model. Raises ValueError if the model is not quantized, or
     offloaded.
     """
-    _require_quantized(model)
+    require_quantized(model)
     require_in_memory(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, FrozenWeight):

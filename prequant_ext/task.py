@@ -103,7 +103,7 @@ def _known_tasks(model: nn.Module) -> _Tasks:
     """The model's tasks, now kept. Raises ValueError if the model is not quantized."""
     tasks = _tasks_of(model)
     if tasks is None:
-        fingerprint(model)  # refuses a float model
+        models.require_quantized(model)
         tasks = _Tasks(model)
         setattr(model, _ATTRIBUTE, tasks)
     return tasks

@@ -6,9 +6,10 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,6 +41,25 @@ def _quantized_modules(model: nn.Module) -> Iterator[tuple[str, PreQuantLinear |
             yield name, module
 
 
+# model -> what its base was when it was hashed, and the hash. No attribute: a model is copied and pickled with those.
+_hashed: "weakref.WeakKeyDictionary[nn.Module, tuple[list[_State], str]]" = weakref.WeakKeyDictionary()
+
+
+class _State(NamedTuple):
+    """A tensor of the base as it was: itself, and how often it had been written to; None if torch does not say."""
+
+    name: str
+    tensor: "weakref.ref[Tensor]"
+    writes: int | None
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> "_State":
+        return cls(name, weakref.ref(tensor), None if tensor.is_inference() else tensor._version)
+
+    def still_holds(self, name: str, tensor: Tensor) -> bool:
+        return self.writes is not None and self == _State.of(name, tensor)
+
+
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the quantized base: packed codes, scales, zero points, outlier indices and the format version, as 64
     hexadecimal digits.
@@ -47,6 +67,8 @@ def fingerprint(model: nn.Module) -> str:
     Outlier weights, heads and PreQuant-alpha's trained scales are a task's own and stay out. Names count without the
     prefix that a task model puts before its backbone's, so that a bare backbone and every task model on it agree; and
     without what PEFT puts behind those it wraps.
+
+    A base is hashed once: the answer is kept until one of its tensors is replaced or written to.
 
     Raises ValueError if the model has no quantized module.
     """
@@ -59,18 +81,33 @@ def fingerprint(model: nn.Module) -> str:
             f"model must be quantized (quantize_model) to have a base fingerprint, got a {type(model).__name__} "
             "without quantized modules"
         )
+    tensors = [(f"{name}.{key}", tensor) for name, module in modules for key, tensor in _base_tensors(module).items()]
+    states, known = _hashed.get(model, ([], ""))
+    if len(states) == len(tensors) and all(
+        state.still_holds(*tensor) for state, tensor in zip(states, tensors, strict=True)
+    ):
+        return known
+    known = _hash_of(modules)
+    _hashed[model] = ([_State.of(name, tensor) for name, tensor in tensors], known)
+    return known
+
+
+def _base_tensors(module: PreQuantLinear | PreQuantEmbedding) -> dict[str, nn.Parameter]:
+    """What of a quantized module belongs to the base, in the order in which it is hashed."""
+    names = {"weight_packed", "weight_scale", "weight_zero_point"}
+    names |= {"outlier_dims"} if isinstance(module, PreQuantLinear) else set()
+    names -= {"weight_scale"} if getattr(module, "train_scales", False) else set()
+    return {name: getattr(module, name) for name in sorted(names)}
+
+
+def _hash_of(modules: Sequence[tuple[str, PreQuantLinear | PreQuantEmbedding]]) -> str:
     digest = hashlib.sha256(f"prequant {FORMAT_VERSION}".encode())
     for name, module in modules:
-        tensors = {"weight_packed": module.canonical_packed(), "weight_zero_point": module.weight_zero_point}
-        if isinstance(module, PreQuantLinear):
-            digest.update(f"\n{name} linear {module.bits} {module.axis}".encode())
-            tensors["outlier_dims"] = module.outlier_dims
-        else:
-            digest.update(f"\n{name} embedding".encode())
-        if not getattr(module, "train_scales", False):
-            tensors["weight_scale"] = module.weight_scale
-        for key in sorted(tensors):
-            tensor = whole(tensors[key].detach()).cpu().contiguous()
+        kind = f"linear {module.bits} {module.axis}" if isinstance(module, PreQuantLinear) else "embedding"
+        digest.update(f"\n{name} {kind}".encode())
+        for key, parameter in _base_tensors(module).items():
+            canonical = module.canonical_packed() if key == "weight_packed" else parameter.detach()
+            tensor = whole(canonical).cpu().contiguous()
             digest.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())
             digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()

@@ -256,7 +256,7 @@ def test_an_unknown_task_is_named_with_those_there_are(two_tasks, act):
 
 
 def test_a_float_model_has_no_tasks():
-    with pytest.raises(ValueError, match="model must be quantized"):
+    with pytest.raises(ValueError, match="BertForSequenceClassification is not quantized: call quantize_model first"):
         add_task(tiny_model("bert"), "a")
 
 

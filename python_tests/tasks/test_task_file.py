@@ -1,16 +1,18 @@
 """Task files: names, fingerprints, and every refusal."""
 
+import copy
 import errno
 import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save
+from transformers import BertConfig, BertForSequenceClassification
 
 from prequant_ext import task, task_file
 from prequant_ext.config import FORMAT_VERSION, PreQuantConfig
 from prequant_ext.linear import PreQuantLinear
-from prequant_ext.model import quantize_model
+from prequant_ext.model import quantize_model, to_float
 from support.tiny_models import tiny_model, token_ids
 
 
@@ -98,6 +100,78 @@ def test_fingerprint_sees_every_tensor_of_the_base(name):
     with torch.no_grad():
         getattr(layer, name).view(-1)[0] += 1
     assert task_file.fingerprint(model) != before
+
+
+@pytest.fixture
+def hashes(monkeypatch):
+    """A list that grows by one with each base that is hashed."""
+    counted, hash_of = [], task_file._hash_of
+    monkeypatch.setattr(task_file, "_hash_of", lambda modules: counted.append(len(modules)) or hash_of(modules))
+    return counted
+
+
+def test_a_base_is_hashed_once(tmp_path, hashes):
+    model = train_a_little(quantized())
+    task.save_task(model, "a", tmp_path / "a.task")
+    task.save_task(model, "b", tmp_path / "b.task")
+    assert len(hashes) == 1
+    fresh = quantized()
+    task.set_task(fresh, None)
+    task.add_task(fresh, "c")
+    assert len(hashes) == 1  # a yes or no needs no hash
+    for name in "ab":
+        task.load_task(fresh, tmp_path / f"{name}.task")
+    train_a_little(fresh)
+    task.set_task(fresh, "a")
+    task.save_task(fresh, "b", tmp_path / "again.task")
+    assert len(hashes) == 2
+
+
+def test_the_first_task_on_a_base_costs_one_hash(tmp_path, hashes):
+    # BERT-base's twelve layers, narrower
+    model = BertForSequenceClassification(BertConfig(hidden_size=48, intermediate_size=96, vocab_size=99))
+    quantize_model(model, PreQuantConfig())
+    twin = copy.deepcopy(model)
+    task.add_task(model, "a")
+    assert hashes == []
+    task.save_task(model, "a", tmp_path / "a.task")
+    assert hashes == [12 * 6 + 3]
+    task.load_task(twin, tmp_path / "a.task", "b")
+    assert hashes == [12 * 6 + 3] * 2
+
+
+def test_other_weights_are_hashed_again(hashes):
+    model, other = quantized(), quantized(strategy="row_wise")
+    before = task_file.fingerprint(model)
+    model.load_state_dict(model.state_dict())  # the same values, but written all the same
+    assert task_file.fingerprint(model) == before and len(hashes) == 2
+    layer = model.bert.encoder.layer[0].output.dense
+    with torch.no_grad():
+        layer.weight_scale.mul_(2)
+    changed = task_file.fingerprint(model)
+    assert changed != before and len(hashes) == 3
+    layer.unprepack_()  # another layout of the same codes
+    assert task_file.fingerprint(model) == changed
+    model.bert.encoder.layer[0] = other.bert.encoder.layer[0]
+    assert task_file.fingerprint(model) not in (before, changed)
+    to_float(model)
+    with pytest.raises(ValueError, match="model must be quantized"):
+        task_file.fingerprint(model)
+
+
+def test_a_model_with_a_known_fingerprint_is_copied_and_pickled(tmp_path):
+    model = quantized()
+    before = task_file.fingerprint(model)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert task_file.fingerprint(again) == task_file.fingerprint(copy.deepcopy(model)) == before
+
+
+def test_inference_tensors_are_hashed_every_time(hashes):
+    with torch.inference_mode():
+        model = quantized()
+        assert task_file.fingerprint(model) == task_file.fingerprint(model)
+    assert len(hashes) == 2  # torch does not tell whether they have been written to
 
 
 def test_a_float_model_has_no_fingerprint():
