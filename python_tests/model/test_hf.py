@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from prequant_ext import PreQuantConfig, hf
+from prequant_ext import PreQuantConfig, hf, quantize
 from prequant_ext.config import FORMAT_VERSION
 from prequant_ext.families import Family
 from prequant_ext.linear import PreQuantLinear
@@ -132,17 +132,23 @@ def test_trained_values_survive_the_round_trip(float_dir, tmp_path):
     assert_same(model, BertForSequenceClassification.from_pretrained(tmp_path / "trained"))
 
 
-def test_a_state_dict_given_to_save_pretrained_is_what_is_saved(quantized_dir, tmp_path):
-    """transformers drops it for quantized models:
-    a gathered or averaged state would not be written, and nobody told.
+@pytest.mark.parametrize("by_name", [True, False], ids=["by name", "by position"])
+def test_a_state_dict_given_to_save_pretrained_is_what_is_saved(by_name, quantized_dir, tmp_path):
+    """transformers replaces it by what the quantizer returns, without asking: a gathered or averaged state would not be
+    written, and nobody told.
     """
     model = BertForSequenceClassification.from_pretrained(quantized_dir)
     name = "bert.encoder.layer.0.output.dense.outlier_weight"
     state = {key: tensor + 1 if key == name else tensor for key, tensor in model.state_dict().items()}
-    model.save_pretrained(tmp_path / "given", state_dict=state)
+    if by_name:
+        model.save_pretrained(tmp_path / "given", state_dict=state)
+    else:
+        model.save_pretrained(tmp_path / "given", True, state)
     loaded = BertForSequenceClassification.from_pretrained(tmp_path / "given").state_dict()
     assert torch.equal(loaded[name], model.state_dict()[name] + 1)
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.items() if key != name)
+    model.save_pretrained(tmp_path / "own")  # what was given before is forgotten
+    assert_same(model, BertForSequenceClassification.from_pretrained(tmp_path / "own"))
 
 
 def test_the_disk_holds_the_names_dtypes_and_shapes_of_the_format(quantized_dir):
@@ -381,13 +387,13 @@ def test_loading_never_holds_more_than_the_quantized_model_and_one_float_tensor(
     gc.collect()
     before, seen = _live_float_bytes(), []
     for function in ("quantize_matrix", "quantize_table"):
-        original = getattr(hf.quantize, function)
+        original = getattr(quantize, function)
 
         def watched(weight, *args, original=original, **kwargs):
             seen.append(_live_float_bytes() - before)
             return original(weight, *args, **kwargs)
 
-        monkeypatch.setattr(hf.quantize, function, watched)
+        monkeypatch.setattr(quantize, function, watched)
     model = BertModel.from_pretrained(tmp_path, quantization_config=CONFIG)
     quantized = sum(p.nbytes for p in model.parameters())
     assert len(seen) == 4 * 6 + 3

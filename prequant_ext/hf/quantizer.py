@@ -1,30 +1,19 @@
-"""The transformers plug-in: quantize while a float checkpoint streams in, save_pretrained, from_pretrained. Importing
-this module registers it.
-
-A module X has on disk X.weight (packed codes), X.weight_scale, X.weight_zero_point, and a linear X.outlier_dims and
-X.outlier_weight. The codes keep the float weight's name there, so that a program without the plug-in stops at their
-shape; under any other name it would start from random weights. In memory they are X.weight_packed (see frozen.py).
+"""What transformers calls before, while and after it loads a model: quantize a float checkpoint weight by weight, or
+check a quantized one.
 """
 
 import copy
-import dataclasses
 import re
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from prequant_ext import neighbours
-
-neighbours.require("transformers", "the transformers plug-in")
-
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     ConversionOps,
-    PrefixChange,
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
@@ -32,112 +21,20 @@ from transformers.core_model_loading import (
 )
 from transformers.integrations.accelerate import get_device
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.quantizers import HfQuantizer
 
 from prequant_ext import checkpoint, quantize
-from prequant_ext.checkpoint import save_model_dir
-from prequant_ext.config import FORMAT_VERSION, PreQuantConfig
 from prequant_ext.distributed import check_strategy
 from prequant_ext.embedding import PreQuantEmbedding
-from prequant_ext.families import Family
+from prequant_ext.hf.config import PreQuantHfConfig
 from prequant_ext.linear import PreQuantLinear
-from prequant_ext.model import empty_layer, freeze_base, on_pretrained_models, to_float
+from prequant_ext.model import empty_layer, freeze_base, to_float
 from prequant_ext.reference import container_bits
 from prequant_ext.sites import Site, find_sites
 from prequant_ext.strictness import warn
 
-METHOD = PreQuantConfig.quant_method
 # a table has the first three
 TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "outlier_dims", "outlier_weight")
-
-__all__ = ["METHOD", "PreQuantHfConfig", "PreQuantHfQuantizer", "attach", "detach", "save_model_dir"]
-
-
-class PreQuantHfConfig(QuantizationConfigMixin):
-    """A :class:`PreQuantConfig` as ``quantization_config`` of a model's config.json, with what a reader of the files
-    must know besides.
-
-    config         the settings
-    family         the family row the model was quantized with, where it is not the table's own
-    float_modules  modules that the float checkpoint lacked, hence fresh float layers; names without the base model's
-                   prefix
-    dtype          of the float part. The model's own ``dtype`` would name that of the first parameter, often a float32
-                   scale
-
-    Raises ValueError on an unknown setting, or a ``format_version`` newer than this library's.
-    """
-
-    def __init__(
-        self,
-        config: PreQuantConfig | None = None,
-        *,
-        format_version: int = FORMAT_VERSION,
-        family: Family | Mapping[str, Any] | None = None,
-        float_modules: Iterable[str] = (),
-        dtype: str | None = None,
-        quant_method: str = METHOD,
-        **settings: Any,
-    ):
-        if not isinstance(format_version, int) or format_version < 1:
-            raise ValueError(f"format_version must be an integer of at least 1, got {format_version!r}")
-        if format_version > FORMAT_VERSION:  # before the settings, which a newer version may have added to
-            raise ValueError(
-                f"the checkpoint has format_version {format_version}, but this prequant_ext reads up to "
-                f"format_version {FORMAT_VERSION}: upgrade prequant_ext"
-            )
-        self.quant_method = quant_method
-        self.format_version = format_version
-        self.config = PreQuantConfig.from_dict(settings) if config is None else config
-        self.family = Family(**family) if isinstance(family, Mapping) else family
-        self.float_modules = tuple(float_modules)
-        if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype must name a torch dtype, such as bfloat16, got {dtype!r}")
-        self.dtype = dtype
-
-    @classmethod
-    def wrap(cls, config: Any) -> "PreQuantHfConfig":
-        """``config`` itself, or around a PreQuantConfig or the dict of a config.json."""
-        if isinstance(config, cls):
-            return config
-        if isinstance(config, PreQuantConfig):
-            return cls(config)
-        if isinstance(config, Mapping):
-            return cls(**config)
-        raise ValueError(
-            f"quantization_config must be a PreQuantConfig for a prequant checkpoint, got {type(config).__name__}"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        family = None if self.family is None else dataclasses.asdict(self.family)
-        own = {"family": family, "float_modules": list(self.float_modules), "dtype": self.dtype}
-        return {"quant_method": self.quant_method, "format_version": self.format_version, **self.config.to_dict()} | {
-            k: v for k, v in own.items() if v
-        }
-
-    def __iter__(self) -> Any:
-        yield from self.to_dict().items()
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """As a dict has it: where a loaded model's config is passed on, transformers asks its quantization_config like
-        the dict of a config.json.
-        """
-        return self.to_dict().get(key, default)
-
-    def check_agrees(self, asked: "PreQuantHfConfig") -> None:
-        """Raises ValueError naming the settings that differ from ``asked``'s: the file's codes cannot follow another
-        config.
-        """
-        stored, wanted = self.config.to_dict(), asked.config.to_dict()
-        differing = [
-            f"{name} = {stored[name]!r}, not {wanted[name]!r}" for name in stored if stored[name] != wanted[name]
-        ]
-        if differing:
-            raise ValueError(
-                f"quantization_config contradicts the checkpoint, which was quantized with {'; '.join(differing)}; "
-                "leave it out to load the file as it is"
-            )
 
 
 class PackedRenaming(WeightRenaming):
@@ -206,6 +103,7 @@ class PreQuantHfQuantizer(HfQuantizer):
         )
         self.sites: dict[str, Site] = {}
         self.dtype = torch.get_default_dtype()
+        self.given_state_dict: dict[str, Tensor] | None = None
 
     # ---- before
 
@@ -359,9 +257,8 @@ class PreQuantHfQuantizer(HfQuantizer):
     # ---- saving and training
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """Called before the config is written: the moment to note the model's dtype. save_pretrained takes the
-        state_dict returned in place of the one it was given (gathered from FSDP2's ranks, averaged), so it gets that
-        back.
+        """Called before the config is written: the moment to note the model's dtype. What this returns is saved: the
+        ``state_dict`` that save_pretrained was given, or None for the model's own.
         """
         linears = [module for _, module in checkpoint.quantized_modules(model) if isinstance(module, PreQuantLinear)]
         if all(container_bits(module.bits) == 8 for module in linears):
@@ -372,7 +269,16 @@ class PreQuantHfQuantizer(HfQuantizer):
                 "would stop"
             )
         model.config.quantization_config.dtype = str(checkpoint.compute_dtype(model)).removeprefix("torch.")
-        return sys._getframe(1).f_locals.get("state_dict"), {}
+        return self.given_state_dict, {}
+
+    @contextmanager
+    def saving(self, state_dict: dict[str, Tensor] | None) -> Iterator[None]:
+        """While save_pretrained runs, which was given ``state_dict``."""
+        self.given_state_dict = state_dict
+        try:
+            yield
+        finally:
+            self.given_state_dict = None
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         return to_float(model)
@@ -398,47 +304,6 @@ class PreQuantHfQuantizer(HfQuantizer):
         return True
 
 
-def attach(model: PreTrainedModel, config: PreQuantConfig, family: Family | None = None) -> None:
-    """Make a model that quantize_model has quantized what from_pretrained would have returned: save_pretrained and
-    Trainer know it.
-
-    ``family`` is stored with the model where it is not its row of the table; by default the one that quantize_model was
-    given.
-    """
-    quantizer = PreQuantHfQuantizer(PreQuantHfConfig(config, family=family or getattr(model, "_prequant_family", None)))
-    quantizer.dtype = checkpoint.compute_dtype(model)
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None:  # made from a config: what save_pretrained would assume
-        conversions = [
-            entry
-            for entry in get_model_conversion_mapping(model, add_legacy=False)
-            if not isinstance(entry, PrefixChange)
-        ]
-    model._weight_conversions = quantizer.update_weight_conversions(conversions, model)
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = METHOD
-    model.config.quantization_config = quantizer.quantization_config
-
-
-def detach(model: PreTrainedModel) -> None:
-    """Undo :func:`attach` and what from_pretrained noted on a model that is float again: save_pretrained writes a plain
-    checkpoint, Trainer trains it.
-    """
-    for owner, attributes in (
-        (model, ("hf_quantizer", "is_quantized", "quantization_method", "_prequant_family")),
-        *(
-            (module.config, ("quantization_config", "_is_quantized"))
-            for module in model.modules()
-            if isinstance(module, PreTrainedModel)
-        ),
-    ):
-        for attribute in attributes:
-            owner.__dict__.pop(attribute, None)
-    conversions = getattr(model, "_weight_conversions", None) or []
-    model._weight_conversions = [entry for entry in conversions if not isinstance(entry, PackedRenaming)]
-
-
 def _without_prefix(model: PreTrainedModel, name: str) -> str:
     return name.removeprefix(f"{model.base_model_prefix}.")
 
@@ -455,38 +320,3 @@ def _by_name_in_memory(
         rename_source_key(key, renamings, converters, model.base_model_prefix, in_memory)[0]: header
         for key, header in headers.items()
     }
-
-
-def _register() -> None:
-    """Enter the plug-in into transformers' tables; on a second import of this module, in place of the first."""
-    for table in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
-        if getattr(table.get(METHOD), "__module__", None) == __name__:
-            del table[METHOD]
-    register_quantization_config(METHOD)(PreQuantHfConfig)
-    register_quantizer(METHOD)(PreQuantHfQuantizer)
-
-    merge_configs = AutoHfQuantizer.merge_quantization_configs
-    merge_configs = getattr(merge_configs, "_without_prequant", merge_configs)
-
-    def merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        """transformers drops the caller's config with a warning when the file has one; ours must not contradict the
-        file.
-        """
-        method = (
-            quantization_config.get("quant_method")
-            if isinstance(quantization_config, dict)
-            else quantization_config.quant_method
-        )
-        if method != METHOD:
-            return merge_configs(quantization_config, quantization_config_from_args)
-        stored = PreQuantHfConfig.wrap(quantization_config)
-        if quantization_config_from_args is not None:
-            stored.check_agrees(PreQuantHfConfig.wrap(quantization_config_from_args))
-        return stored
-
-    merge_quantization_configs._without_prequant = merge_configs  # type: ignore[attr-defined]
-    AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_quantization_configs)
-
-
-_register()
-on_pretrained_models(attach, detach)
