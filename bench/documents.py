@@ -16,7 +16,7 @@ from prequant_ext.study.error_map import read_error_map
 from prequant_ext.study.experiments import ERROR_MAP
 from prequant_ext.study.figures import AXES, figure, heat_map
 from prequant_ext.study.page import RUNS_FILE, read_studies
-from prequant_ext.study.runner import read_lines
+from prequant_ext.study.runner import read_runs
 from prequant_ext.task_file import write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -28,8 +28,8 @@ PLACE = re.compile(r"(<!-- ([\w.-]+/\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def tables(folder: Path) -> dict[str, str]:
     """Experiment -> markdown, of a folder that prequant experiment wrote."""
-    lines = read_lines(folder / RUNS_FILE)
-    return {study.name: study.table(lines) for study in read_studies(folder)}
+    finished = read_runs(folder / RUNS_FILE)
+    return {study.name: study.table(finished) for study in read_studies(folder)}
 
 
 def all_tables(results: Path = RESULTS) -> dict[str, str]:
@@ -54,9 +54,9 @@ def digest(source: str) -> str:
 
 def drawings(folder: Path) -> dict[str, str]:
     """EXPERIMENT -> SVG."""
-    lines, found = read_lines(folder / RUNS_FILE), read_error_map(folder)
+    finished, found = read_runs(folder / RUNS_FILE), read_error_map(folder)
     curves = {
-        study.name: figure(study.name, study.plan, study.own(lines))
+        study.name: figure(study.name, study.plan, study.own(finished))
         for study in read_studies(folder)
         if study.name in AXES
     }

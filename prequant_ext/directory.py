@@ -18,6 +18,7 @@ from prequant_ext.config import PreQuantConfig
 from prequant_ext.export import OnnxFile, export_onnx
 from prequant_ext.glue import train
 from prequant_ext.glue.models import classifier_class, load_tokenizer, resolve_model
+from prequant_ext.glue.run import RunSettings
 from prequant_ext.glue.tasks import get_task, load_rows
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import PlanRow, Report, plan, quantize_model
@@ -27,7 +28,7 @@ from prequant_ext.perplexity import exp_mean, token_losses, window_sizes
 from prequant_ext.study.error_map import error_map, write_error_map
 from prequant_ext.study.experiments import EXPERIMENTS
 from prequant_ext.study.page import RUNS_FILE, Study, page
-from prequant_ext.study.runner import SEARCH_TASK, SEEDS, Plan, describe, identity, progress, read_lines, run, scores_of
+from prequant_ext.study.runner import SEARCH_TASK, SEEDS, Plan, progress, read_runs, run_all, scores_of
 from prequant_ext.task import load_task, merge
 from prequant_ext.task_file import read_task, write_atomically
 
@@ -225,8 +226,8 @@ def evaluate_directory(
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     recorded = metadata.get("max_length") or _recorded_length(Path(name), task_name)
-    length = max_length or int(recorded or train.Settings(name, task_name).max_length)
-    settings = train.Settings(name, task_name, data=source, data_dir=data_dir, max_length=length)
+    length = max_length or int(recorded or RunSettings(name, task_name).max_length)
+    settings = RunSettings(name, task_name, data=source, data_dir=data_dir, max_length=length)
     return train.evaluate(model, tokenizer, settings), length
 
 
@@ -370,7 +371,8 @@ def plan_experiment(
     for task in sorted(needed):
         for split in ("train", "validation"):
             load_rows(get_task(task), split, data_dir, data)
-    return Study(name, model, blocks, Plan(experiment, chosen, numbers, search, data, epochs, max_train, given)), path
+    settled = Plan(experiment, model, chosen, numbers, search, data, epochs, max_train, given)
+    return Study(name, blocks, settled), path
 
 
 def _rates(text: str | None) -> dict[str, float]:
@@ -394,12 +396,12 @@ def _rates(text: str | None) -> dict[str, float]:
 
 def list_experiment(study: Study, out: Path, jobs: int) -> None:
     """Print the runs that are missing and can start."""
-    lines = study.own(read_lines(out / RUNS_FILE))
-    done, possible = set(scores_of(lines)), {identity(wanted): wanted for wanted in study.plan.possible(lines)}
-    for key, wanted in possible.items():
+    finished = study.own(read_runs(out / RUNS_FILE))
+    done, possible = set(scores_of(finished)), {run.identity: run for run in study.plan.possible(finished)}
+    for key, run in possible.items():
         if key not in done:
-            print(describe(wanted))
-    say(f"{progress(study.plan, lines, jobs)}; the list has those that can start now")
+            print(run.describe())
+    say(f"{progress(study.plan, finished, jobs)}; the list has those that can start now")
 
 
 def run_experiment(
@@ -411,8 +413,8 @@ def run_experiment(
     out.mkdir(parents=True, exist_ok=True)
     shown = study.joined(out)
     shown.write(out)
-    failed = run(study.plan, out / RUNS_FILE, study.model, path, data_dir, threads, jobs, say, processes)
-    table = shown.table(read_lines(out / RUNS_FILE))
+    failed = run_all(study.plan, out / RUNS_FILE, path, data_dir, threads, jobs, say, processes)
+    table = shown.table(read_runs(out / RUNS_FILE))
     write_atomically(out / f"{study.name}.md", table.encode())
     print(table, end="")
     return failed

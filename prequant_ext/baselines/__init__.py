@@ -7,39 +7,26 @@ Each changes the matrices that PreQuant would quantize, so all work on the same 
 PreQuant's own methods and qlora.
 """
 
-from prequant_ext.baselines import (
-    alphatuning,
-    bitfit,
-    ft,
-    lora,
-    prequant,
-    prequant_alpha,
-    prequant_random,
-    prequant_ticket,
-    ptq,
-    qat,
-    qat_vanilla,
-    qlora,
-    quadapter,
-)
 from prequant_ext.baselines.options import Method, Options
 
 __all__ = ["METHODS", "Method", "Options"]
 
+# By the name of its module, which is imported when the method is used.
 METHODS: dict[str, Method] = {
-    "ft": Method("full fine-tuning", ft.prepare, ft.trainables),
-    "ptq": Method("PTQ", ptq.prepare, ptq.trainables, begins_with="ft", is_trained=False, needs_calibration=True),
-    "qat": Method("QAT", qat.prepare, qat.trainables, needs_calibration=True),
-    "qat_vanilla": Method("QAT, plain", qat_vanilla.prepare, qat_vanilla.trainables),
-    "alphatuning": Method("AlphaTuning", alphatuning.prepare, alphatuning.trainables),
-    "quadapter": Method("Quadapter, 8 bit", quadapter.prepare, quadapter.trainables, needs_calibration=True),
-    "prequant": Method("PreQuant", prequant.prepare, prequant.trainables),
-    "prequant_alpha": Method("PreQuant-alpha", prequant_alpha.prepare, prequant_alpha.trainables),
-    "prequant_random": Method("PreQuant, random dimensions", prequant_random.prepare, prequant_random.trainables),
-    "prequant_ticket": Method(
-        "PreQuant, ticket dimensions", prequant_ticket.prepare, prequant_ticket.trainables, begins_with="ticket"
-    ),
-    "qlora": Method("LoRA on the quantized base", qlora.prepare, qlora.trainables),
-    "bitfit": Method("BitFit", bitfit.prepare, bitfit.trainables),
-    "lora": Method("LoRA", lora.prepare, lora.trainables),
+    method.name: method
+    for method in (
+        Method("ft", "full fine-tuning"),
+        Method("ptq", "PTQ", begins_with="ft", is_trained=False, needs_calibration=True),
+        Method("qat", "QAT", needs_calibration=True),
+        Method("qat_vanilla", "QAT, plain"),
+        Method("alphatuning", "AlphaTuning"),
+        Method("quadapter", "Quadapter, 8 bit", needs_calibration=True),
+        Method("prequant", "PreQuant"),
+        Method("prequant_alpha", "PreQuant-alpha"),
+        Method("prequant_random", "PreQuant, random dimensions"),
+        Method("prequant_ticket", "PreQuant, ticket dimensions", begins_with="ticket"),
+        Method("qlora", "LoRA on the quantized base"),
+        Method("bitfit", "BitFit"),
+        Method("lora", "LoRA"),
+    )
 }

@@ -1,13 +1,16 @@
 """What a method is given besides the model, and what it hands to the runner."""
 
-from collections.abc import Callable, Mapping, Sequence
+import importlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from prequant_ext.config import DEFAULT_GROUP_SIZE, PreQuantConfig
 
-Batch = Mapping[str, Tensor]  # what the model is called with, labels apart
+if TYPE_CHECKING:  # a list of methods and their settings needs no torch
+    from torch import Tensor, nn
+
+Batch = Mapping[str, "Tensor"]  # what the model is called with, labels apart
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Options:
     rank: int = 8
     refinements: int = 15
     calibration_steps: int = 50
-    tuned: nn.Module | Mapping[str, Tensor] | None = None
+    tuned: "nn.Module | Mapping[str, Tensor] | None" = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -54,17 +57,26 @@ class Options:
 
 @dataclass(frozen=True)
 class Method:
-    """``prepare`` makes of a float model, in place, what the method trains or evaluates; ``trainables`` freezes the
-    rest of it and names what trains.
+    """A method, by the name of its module.
 
     begins_with   the training that comes first, on the float model: "ft", or "ticket" (L1 distance to the pre-trained
                   weights); None: the pre-trained model
     is_trained    false where nothing is left to train after ``prepare``
     """
 
+    name: str
     title: str
-    prepare: Callable[[nn.Module, Options], None]
-    trainables: Callable[[nn.Module], dict[str, nn.Parameter]]
     begins_with: str | None = None
     is_trained: bool = True
     needs_calibration: bool = False
+
+    def prepare(self, model: "nn.Module", options: Options) -> None:
+        """Make of a float model, in place, what the method trains or evaluates."""
+        self._module().prepare(model, options)
+
+    def trainables(self, model: "nn.Module") -> "dict[str, nn.Parameter]":
+        """What trains, by name; the rest is frozen."""
+        return self._module().trainables(model)
+
+    def _module(self) -> Any:
+        return importlib.import_module(f"prequant_ext.baselines.{self.name}")

@@ -16,7 +16,7 @@ from prequant_ext.cli.options import AsJson, Data, DataDir, Out, Overwrite, Sour
 from prequant_ext.glue.tasks import TASKS
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: --help and a mistyped option need neither
-    from prequant_ext.glue.train import RunResult
+    from prequant_ext.glue.run import RunResult
 
 
 class Method(str, Enum):
@@ -58,11 +58,12 @@ def finetune(
         quiet_libraries()
         from prequant_ext.glue import train
         from prequant_ext.glue.models import resolve_model
+        from prequant_ext.glue.run import RunSettings
 
         refuse_existing(out / f"{task.value}.task" if method == Method.prequant else out, overwrite)
         path = resolve_model(model)
         path = os.path.abspath(path) if os.path.isdir(path) else path
-        settings = train.Settings(
+        settings = RunSettings(
             path, task.value, method.value, data.value, data_dir, epochs, lr, seed, batch_size, max_length, max_train
         )
         # Beside OUT, not in it: a full model's OUT appears only when it is complete.

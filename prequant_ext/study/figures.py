@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from prequant_ext.baselines import METHODS
+from prequant_ext.glue.run import FinishedRun
 from prequant_ext.glue.tasks import get_task
 from prequant_ext.study.error_map import MatrixError
 from prequant_ext.study.experiments import Arm
-from prequant_ext.study.runner import Line, Plan
-from prequant_ext.study.tables import lines_of
+from prequant_ext.study.runner import Plan
+from prequant_ext.study.tables import runs_of
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito: told apart by the colour-blind, too
 INK = "#333333"
@@ -92,19 +93,19 @@ def grid(
     return image
 
 
-def figure(name: str, plan: Plan, lines: Sequence[Line]) -> str | None:
+def figure(name: str, plan: Plan, finished: Sequence[FinishedRun]) -> str | None:
     """SVG of the experiment called ``name``, a panel a task; None where nothing has run. Means over seeds, with
     whiskers of one standard deviation.
     """
     from matplotlib.figure import Figure
 
-    tasks = [task for task in plan.tasks if any(lines_of(plan, arm, task, lines) for arm in plan.experiment.arms)]
+    tasks = [task for task in plan.tasks if any(runs_of(plan, arm, task, finished) for arm in plan.experiment.arms)]
     if not tasks:
         return None
     height = 3.4 if name in AXES else 0.9 + 0.36 * len(plan.experiment.arms)
     drawing = Figure(figsize=(4.6 * len(tasks) + 0.4, height), layout="constrained")
     for axes, task in zip(drawing.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        (_curves if name in AXES else _rows)(axes, name, plan, task, lines)
+        (_curves if name in AXES else _rows)(axes, name, plan, task, finished)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(f"{task} ({get_task(task).metrics[0]})", fontsize=10, color=INK)
     return svg(drawing)
@@ -120,14 +121,14 @@ def svg(drawing: Any) -> str:
     return re.sub(r"^.*?<svg", "<svg", text.getvalue(), flags=re.S)
 
 
-def _points(found: Sequence[Line]) -> tuple[float, float]:
-    scores = [100 * line["score"] for line in found]
+def _points(found: Sequence[FinishedRun]) -> tuple[float, float]:
+    scores = [100 * run.result.score for run in found]
     return statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
 
 
-def _rows(axes: Any, name: str, plan: Plan, task: str, lines: Sequence[Line]) -> None:
+def _rows(axes: Any, name: str, plan: Plan, task: str, finished: Sequence[FinishedRun]) -> None:
     """An arm a row. Points and not bars: the axis does not begin at 0."""
-    cells = [(arm, lines_of(plan, arm, task, lines)) for arm in plan.experiment.arms]
+    cells = [(arm, runs_of(plan, arm, task, finished)) for arm in plan.experiment.arms]
     shown = [(arm, *_points(found)) for arm, found in cells if found][::-1]  # the first arm on top
     positions = range(len(shown))
     axes.errorbar(
@@ -156,11 +157,11 @@ def _rows(axes: Any, name: str, plan: Plan, task: str, lines: Sequence[Line]) ->
         )
 
 
-def _curves(axes: Any, name: str, plan: Plan, task: str, lines: Sequence[Line]) -> None:
+def _curves(axes: Any, name: str, plan: Plan, task: str, finished: Sequence[FinishedRun]) -> None:
     label, value_of, is_logarithmic = AXES[name]
     by_method: dict[str, list[tuple[float, float, float]]] = {}
     for arm in plan.experiment.arms:
-        found, value = lines_of(plan, arm, task, lines), value_of(arm)
+        found, value = runs_of(plan, arm, task, finished), value_of(arm)
         if found and value is not None:
             by_method.setdefault(arm.method, []).append((value, *_points(found)))
         elif found:

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prequant_ext.glue.run import FinishedRun
 from prequant_ext.html_page import Section, as_html, details, render
 from prequant_ext.study.error_map import read_error_map
 from prequant_ext.study.experiments import EXPERIMENTS
 from prequant_ext.study.figures import figure, heat_map
 from prequant_ext.study.paper import PAPER
-from prequant_ext.study.runner import Line, Plan, read_lines
+from prequant_ext.study.runner import Plan, read_runs
 from prequant_ext.study.tables import markdown
 from prequant_ext.task_file import write_atomically
 
@@ -26,9 +27,12 @@ class Study:
     """An experiment on a model: what a folder of runs records of it. blocks: how many the model has."""
 
     name: str
-    model: str
     blocks: int
     plan: Plan
+
+    @property
+    def model(self) -> str:
+        return self.plan.model
 
     def joined(self, folder: Path) -> "Study":
         """With the tasks, seeds and rates of the study of that name in FOLDER, if alike in all else: a table has what
@@ -59,22 +63,22 @@ class Study:
             for field in dataclasses.fields(self.plan)
             if field.name != "experiment"
         }
-        record = {"experiment": self.name, "model": self.model, "blocks": self.blocks, **settings}
+        record = {"experiment": self.name, "blocks": self.blocks, **settings}
         write_atomically(folder / f"{self.name}{PLAN_SUFFIX}", json.dumps(record).encode())
 
-    def own(self, lines: Sequence[Line]) -> list[Line]:
+    def own(self, finished: Sequence[FinishedRun]) -> list[FinishedRun]:
         """Those of its model: a folder may hold runs of several."""
-        return [line for line in lines if line["model"] == self.model]
+        return [run for run in finished if run.settings.model == self.model]
 
-    def table(self, lines: Sequence[Line]) -> str:
+    def table(self, finished: Sequence[FinishedRun]) -> str:
         """Markdown, title first."""
-        return "\n".join(markdown(self.plan, self.own(lines))) + "\n"
+        return "\n".join(markdown(self.plan, self.own(finished))) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> "Study":
         record: dict[str, Any] = json.loads(path.read_text())
-        name, model, blocks = (record.pop(key) for key in ("experiment", "model", "blocks"))
-        return cls(name, model, blocks, Plan(EXPERIMENTS[name](blocks), **record))
+        name, blocks = record.pop("experiment"), record.pop("blocks")
+        return cls(name, blocks, Plan(EXPERIMENTS[name](blocks), **record))
 
 
 def read_studies(folder: Path) -> list[Study]:
@@ -87,11 +91,11 @@ def read_studies(folder: Path) -> list[Study]:
 
 def page(folder: Path) -> str:
     """The page of the experiments in ``folder``. Raises FileNotFoundError where there are none."""
-    lines = read_lines(folder / RUNS_FILE)
+    finished = read_runs(folder / RUNS_FILE)
     studies, found = read_studies(folder), read_error_map(folder)
     models = sorted({study.model for study in studies} | ({found[0]} if found else set()))
     intro = (
-        f"{len(lines)} runs of {', '.join(models)}. Scores are the best epoch's on the validation rows, means ± "
+        f"{len(finished)} runs of {', '.join(models)}. Scores are the best epoch's on the validation rows, means ± "
         "standard deviations over seeds (how many)."
     )
     return render("PreQuant: experiments", intro, sections(folder))
@@ -99,8 +103,8 @@ def page(folder: Path) -> str:
 
 def sections(folder: Path) -> list[Section]:
     """A section an experiment in ``folder``. Raises FileNotFoundError where there are none."""
-    lines = read_lines(folder / RUNS_FILE)
-    made = [_section(study, study.own(lines)) for study in read_studies(folder)]
+    finished = read_runs(folder / RUNS_FILE)
+    made = [_section(study, study.own(finished)) for study in read_studies(folder)]
     found = read_error_map(folder)
     if found is not None:
         model, errors = found
@@ -108,7 +112,7 @@ def sections(folder: Path) -> list[Section]:
     return made
 
 
-def _section(study: Study, own: list[Line]) -> Section:
+def _section(study: Study, own: list[FinishedRun]) -> Section:
     title, _, *rest = markdown(study.plan, own)
     drawn, printed = figure(study.name, study.plan, own), as_html(PAPER.get(study.name, ""))
     parts = [as_html("\n".join([*rest, *_partial(study.plan, own)]))]
@@ -117,8 +121,8 @@ def _section(study: Study, own: list[Line]) -> Section:
     return Section(study.name, f"{title.strip('*')}, {study.model}", parts)
 
 
-def _partial(plan: Plan, lines: list[Line]) -> list[str]:
+def _partial(plan: Plan, finished: list[FinishedRun]) -> list[str]:
     """A note on the tasks of whose training rows only a part was used, or is there."""
-    cut = {line["wanted"]["task"] for line in lines if line["wanted"]["max_train"]}
+    cut = {run.settings.task for run in finished if run.settings.max_train}
     partial = [task for task in plan.tasks if task not in COMPLETE_TASKS or task in cut]
     return [f"- a part of the training rows, not the whole task: {', '.join(partial)}."] if partial else []

@@ -2,7 +2,7 @@
 experiment goes on when it is started again.
 
 Learning rates
-    quick    one of each method (train.LEARNING_RATES), or the middle of an arm's own grid
+    quick    one of each method (run.LEARNING_RATES), or the middle of an arm's own grid
     once     each method's best of its grid on one task, by the lowest seed and after SEARCH_EPOCHS, then used for all
              of its arms without a grid of their own
     each     the best of the grid for each arm and task, by the lowest seed, with all epochs (the paper's way)
@@ -11,19 +11,21 @@ A rate that is given, for a method or for a method on one task, is searched by n
 own do not take it.
 """
 
+import dataclasses
 import json
 import os
 import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from prequant_ext.glue.run import LEARNING_RATES, FinishedRun, RunResult, RunSettings
 from prequant_ext.study.experiments import GRIDS, Arm, Experiment
+from prequant_ext.task_file import write_atomically
 
 SEARCHES = ("quick", "once", "each")
 SEARCH_TASK, SEARCH_EPOCHS = "sst2", 1
@@ -31,9 +33,6 @@ SEARCH_TASK, SEARCH_EPOCHS = "sst2", 1
 LIMITS: dict[str, dict[str, int]] = {"sst2": {"max_train": 4000, "max_length": 64}, "qnli": {"max_train": 4000}}
 EPOCHS, BATCH, MAX_LENGTH = 3, 32, 128
 SEEDS = (0, 1, 2)
-
-Line = dict[str, Any]
-Wanted = dict[str, Any]  # keyword arguments of train.Settings but for the model's folder and the data's
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class Plan:
     """
 
     experiment: Experiment
+    model: str
     tasks: Sequence[str]
     seeds: Sequence[int]
     search: str
@@ -51,28 +51,29 @@ class Plan:
     max_train: int | None = None  # of every task that the experiment leaves whole; None: LIMITS
     rates: Mapping[str, float] = field(default_factory=dict)
 
-    def settings(self, arm: Arm, task: str, lr: float, seed: int, epochs: int | None = None) -> Wanted:
+    def settings(self, arm: Arm, task: str, lr: float, seed: int, epochs: int | None = None) -> RunSettings:
         quantization = None if arm.quantization is None else dict(arm.quantization)
         if arm.seeds_selector and quantization is not None:
             quantization["seed"] = seed
         limits = LIMITS.get(task, {})
-        options = {"options": dict(arm.options)} if arm.options else {}
-        return options | {
-            "task": task,
-            "method": arm.method,
-            "quantization": quantization,
-            "lr": lr,
-            "seed": seed,
-            "epochs": epochs or self.epochs,
-            "batch_size": BATCH,
-            "max_length": limits.get("max_length", MAX_LENGTH),
-            "max_train": arm.max_train or self.max_train or limits.get("max_train"),
-            "data": self.data,
-        }
+        return RunSettings(
+            self.model,
+            task,
+            arm.method,
+            data=self.data,
+            epochs=epochs or self.epochs,
+            lr=lr,
+            seed=seed,
+            batch_size=BATCH,
+            max_length=limits.get("max_length", MAX_LENGTH),
+            max_train=arm.max_train or self.max_train or limits.get("max_train"),
+            quantization=quantization,
+            options=None if arm.options is None else dict(arm.options),
+        )
 
-    def possible(self, lines: Sequence[Line]) -> Iterator[Wanted]:
-        """Every run that can be started with what ``lines`` tell; searches first."""
-        scores = scores_of(lines)
+    def possible(self, finished: Sequence[FinishedRun]) -> Iterator[RunSettings]:
+        """Every run that can be started with what ``finished`` tells; searches first."""
+        scores = scores_of(finished)
         for arm, task in self.cells():
             yield from self._searching(arm, task)
         for arm, task in self.cells():
@@ -85,10 +86,8 @@ class Plan:
         if (given := self.given(arm, task)) is not None:
             return given
         if self.search == "quick":
-            from prequant_ext.glue.train import LEARNING_RATES
-
             return arm.grid[len(arm.grid) // 2] if arm.grid else LEARNING_RATES[arm.method]
-        tried = {wanted["lr"]: scores.get(identity(wanted)) for wanted in self._searching(arm, task)}
+        tried = {run.learning_rate: scores.get(run.identity) for run in self._searching(arm, task)}
         found = {lr: score for lr, score in tried.items() if score is not None}
         return max(found, key=lambda lr: (found[lr], -lr)) if len(found) == len(tried) else None
 
@@ -101,19 +100,19 @@ class Plan:
     def cells(self) -> list[tuple[Arm, str]]:
         return [(arm, task) for task in self.tasks for arm in self.experiment.arms]
 
-    def every(self, lines: Sequence[Line]) -> dict[str, Wanted]:
+    def every(self, finished: Sequence[FinishedRun]) -> dict[str, RunSettings]:
         """All runs that there will be, by identity. A learning rate that is not known yet stands at the first of its
         grid.
         """
-        scores, runs = scores_of(lines), [wanted for arm, task in self.cells() for wanted in self._searching(arm, task)]
+        scores, runs = scores_of(finished), [run for arm, task in self.cells() for run in self._searching(arm, task)]
         for arm, task in self.cells():
             lr = self.rate(arm, task, scores)
             # A search of the same length has run the lowest seed at the best rate.
             seeds = self.seeds[1:] if lr is None and self.search == "each" else self.seeds
             runs += [self.settings(arm, task, _grid(arm)[0] if lr is None else lr, seed) for seed in seeds]
-        return {identity(wanted): wanted for wanted in runs}
+        return {run.identity: run for run in runs}
 
-    def _searching(self, arm: Arm, task: str) -> Iterator[Wanted]:
+    def _searching(self, arm: Arm, task: str) -> Iterator[RunSettings]:
         if self.given(arm, task) is not None:
             return
         if self.search == "each":
@@ -132,23 +131,29 @@ def _grid(arm: Arm) -> Sequence[float]:
     return arm.grid or GRIDS[arm.method]
 
 
-def identity(wanted: Wanted) -> str:
-    """What makes two runs the same."""
-    return json.dumps(wanted, sort_keys=True)
+def scores_of(finished: Sequence[FinishedRun]) -> dict[str, float]:
+    """By identity."""
+    return {run.settings.identity: run.result.score for run in finished}
 
 
-def scores_of(lines: Sequence[Line]) -> dict[str, float]:
-    return {identity(line["wanted"]): line["score"] for line in lines}
+def read_runs(path: Path) -> list[FinishedRun]:
+    """The finished runs, [] where there is no file. Raises ValueError naming the line that is none."""
+    runs = []
+    for number, line in enumerate(_whole_lines(path), 1):
+        try:
+            runs.append(FinishedRun.from_line(line))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number} is no finished run: {type(error).__name__}: {error}") from error
+    return runs
 
 
-def read_lines(path: Path) -> list[Line]:
-    """The finished runs. A last line without its newline was cut off by a kill and does not count."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def _whole_lines(path: Path) -> list[str]:
+    """A last line without its newline was cut off by a kill and does not count."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n")]
 
 
-def perform(settings: dict[str, Any], threads: int, processes: int = 1) -> Line:
+def perform(settings: RunSettings, threads: int, processes: int = 1) -> RunResult:
     """Train in a process of its own: peak memory is per process, and threads are set before torch starts. Several
     ``processes``, one a GPU, by torchrun.
 
@@ -162,106 +167,84 @@ def perform(settings: dict[str, Any], threads: int, processes: int = 1) -> Line:
     launcher = (
         [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     )
-    command = [sys.executable, *launcher, "-m", "prequant_ext.study.worker", json.dumps(settings)]
+    command = [sys.executable, *launcher, "-m", "prequant_ext.study.worker", json.dumps(vars(settings))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"exit code {done.returncode}:\n{done.stderr.strip()[-6000:]}")
-    return json.loads(done.stdout)
+    return RunResult.from_json(done.stdout)
 
 
-def estimate(missing: Iterable[Wanted], lines: Sequence[Line]) -> float | None:
-    """Seconds of ``missing``, one after another, at the pace of ``lines``: of the same task and method, else of the
-    task, else of all; None without lines.
+def estimate(missing: Iterable[RunSettings], finished: Sequence[FinishedRun]) -> float | None:
+    """Seconds of ``missing``, one after another, at the pace of ``finished``: of the same task and method, else of the
+    task, else of all; None where nothing has finished.
     """
     paces: dict[tuple[str | None, str | None], list[float]] = defaultdict(list)
     rows: dict[str, int] = {}
-    for line in lines:
-        task, method = line["wanted"]["task"], line["wanted"]["method"]
-        for key in ((task, method), (task, None), (None, None)):
-            paces[key].append(line["seconds"] / (line["n_train"] * line["epochs"]))
-        rows[task] = max(line["n_train"], rows.get(task, 0))
+    for run in finished:
+        task, result = run.settings.task, run.result
+        for key in ((task, run.settings.method), (task, None), (None, None)):
+            paces[key].append(result.seconds / (result.n_train * result.epochs))
+        rows[task] = max(result.n_train, rows.get(task, 0))
     if not rows:
         return None
 
-    def seconds(wanted: Wanted) -> float:
-        task = wanted["task"]
-        key = next(key for key in ((task, wanted["method"]), (task, None), (None, None)) if key in paces)
-        return (
-            statistics.median(paces[key])
-            * wanted["epochs"]
-            * (wanted["max_train"] or rows.get(task) or max(rows.values()))
-        )
+    def seconds(run: RunSettings) -> float:
+        keys = ((run.task, run.method), (run.task, None), (None, None))
+        pace = statistics.median(next(paces[key] for key in keys if key in paces))
+        return pace * run.epochs * (run.max_train or rows.get(run.task) or max(rows.values()))
 
     return sum(map(seconds, missing))
 
 
-def progress(plan: Plan, lines: Sequence[Line], jobs: int) -> str:
+def progress(plan: Plan, finished: Sequence[FinishedRun], jobs: int) -> str:
     """What is done of ``plan``, and how long the rest takes with ``jobs`` runs side by side."""
-    every, done = plan.every(lines), set(scores_of(lines))
-    missing = [wanted for key, wanted in every.items() if key not in done]
-    seconds = estimate(missing, lines) if missing else None
+    every, done = plan.every(finished), set(scores_of(finished))
+    missing = [run for key, run in every.items() if key not in done]
+    seconds = estimate(missing, finished) if missing else None
     left = "" if seconds is None else f", about {seconds / jobs / 60:.0f} minutes left"
     return f"{len(every) - len(missing)} of {len(every)} runs done{left}"
 
 
-def run(
+def run_all(
     plan: Plan,
     out: Path,
-    model: str,
     path: str,
     data_dir: str | None,
     threads: int,
     jobs: int,
-    say: Any,
+    say: Callable[[str], None],
     processes: int = 1,
 ) -> list[str]:
     """Append the missing runs of ``plan`` to ``out``, ``jobs`` at a time; what failed comes back as messages.
 
-    ``model`` is the name that the lines keep, ``path`` the folder it has here; ``threads`` and ``processes`` are of
-    each run.
+    ``path`` is the folder that the plan's model has here; ``threads`` and ``processes`` are of each run.
     """
-    lines = read_lines(out)
+    finished = [run for run in read_runs(out) if run.settings.model == plan.model]
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():  # drops a cut-off last line before appending after it
-        temporary = out.with_name(f"{out.name}.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        os.replace(temporary, out)
-    own = [line for line in lines if line["model"] == model]
-    running: dict[Future, Wanted] = {}
+        write_atomically(out, "".join(_whole_lines(out)).encode())
+    running: dict[Future, RunSettings] = {}
     failed: dict[str, str] = {}
     with ThreadPoolExecutor(jobs) as pool:
         while True:
-            done = set(scores_of(own))
-            possible = {identity(wanted): wanted for wanted in plan.possible(own)}
-            taken = done | {identity(wanted) for wanted in running.values()} | set(failed)
-            for key, wanted in possible.items():
+            taken = {*scores_of(finished), *(run.identity for run in running.values()), *failed}
+            possible = {run.identity: run for run in plan.possible(finished)}
+            for key, run in possible.items():
                 if len(running) < jobs and key not in taken:
-                    running[
-                        pool.submit(perform, {**wanted, "model": path, "data_dir": data_dir}, threads, processes)
-                    ] = wanted
+                    here = dataclasses.replace(run, model=path, data_dir=data_dir)
+                    running[pool.submit(perform, here, threads, processes)] = run
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                wanted = running.pop(future)
+                run = running.pop(future)
                 if (error := future.exception()) is not None:
-                    failed[identity(wanted)] = f"{describe(wanted)} failed: {error}"
-                    say(failed[identity(wanted)])
+                    failed[run.identity] = f"{run.describe()} failed: {error}"
+                    say(failed[run.identity])
                     continue
-                line = {"wanted": wanted} | future.result() | {"model": model}
-                own.append(line)
+                finished.append(FinishedRun(run, future.result()))
                 with out.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                say(
-                    f"{describe(wanted)}: {100 * line['score']:.2f} in {line['seconds']:.0f} s; "
-                    f"{progress(plan, own, jobs)}"
-                )
+                    file.write(finished[-1].to_line())
+                result = finished[-1].result
+                told = f"{100 * result.score:.2f} in {result.seconds:.0f} s; {progress(plan, finished, jobs)}"
+                say(f"{run.describe()}: {told}")
     return list(failed.values())
-
-
-def describe(wanted: Wanted) -> str:
-    changed = ", ".join(
-        f"{name} {value}" for name, value in ((wanted["quantization"] or {}) | wanted.get("options", {})).items()
-    )
-    rows = f", {wanted['max_train']:,} rows" if wanted["max_train"] else ""
-    name = f"{wanted['method']} ({changed})" if changed else wanted["method"]
-    return f"{wanted['task']} {name}, lr {wanted['lr']:g}, seed {wanted['seed']}, {wanted['epochs']} epochs{rows}"

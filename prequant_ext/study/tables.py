@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from prequant_ext.glue import metrics
+from prequant_ext.glue.run import FinishedRun
 from prequant_ext.glue.tasks import get_task
 from prequant_ext.study.experiments import Arm
-from prequant_ext.study.runner import SEARCH_TASK, Line, Plan, identity, scores_of
+from prequant_ext.study.runner import SEARCH_TASK, Plan, scores_of
 
 # Columns of tables that have them: title, field of a line, format.
 EXTRAS = (("L2 error", "quantization_error", ".1f"), ("overlap", "overlap", ".2f"))
@@ -20,13 +21,13 @@ HOW_SEARCHED = {
 }
 
 
-def lines_of(plan: Plan, arm: Arm, task: str, lines: Sequence[Line]) -> list[Line]:
+def runs_of(plan: Plan, arm: Arm, task: str, finished: Sequence[FinishedRun]) -> list[FinishedRun]:
     """The finished runs of one cell, by seed."""
-    lr = plan.rate(arm, task, scores_of(lines))
+    lr = plan.rate(arm, task, scores_of(finished))
     if lr is None:
         return []
-    by_identity = {identity(line["wanted"]): line for line in lines}
-    wanted = [identity(plan.settings(arm, task, lr, seed)) for seed in plan.seeds]
+    by_identity = {run.settings.identity: run for run in finished}
+    wanted = [plan.settings(arm, task, lr, seed).identity for seed in plan.seeds]
     return [by_identity[key] for key in wanted if key in by_identity]
 
 
@@ -38,31 +39,31 @@ def mean_and_spread(scores: Sequence[float]) -> str:
     )
 
 
-def difference(found: Sequence[Line], others: Sequence[Line]) -> str:
+def difference(found: Sequence[FinishedRun], others: Sequence[FinishedRun]) -> str:
     """Accuracy of ``found`` minus that of ``others`` in points, with its 95 % interval by paired bootstrap; of the
     seeds that both have, "" without any.
     """
-    seeds = [{line["wanted"]["seed"]: line["predictions"] for line in lines} for lines in (found, others)]
+    seeds = [{run.settings.seed: run.result.predictions for run in runs} for runs in (found, others)]
     shared = sorted(seeds[0].keys() & seeds[1].keys())
-    if not shared or get_task(found[0]["wanted"]["task"]).is_regression:
+    if not shared or get_task(found[0].settings.task).is_regression:
         return ""
-    labels = metrics.unpack(found[0]["labels"], is_regression=False)
+    labels = metrics.unpack(found[0].result.labels, is_regression=False)
     right = [np.stack([metrics.unpack(own[seed], is_regression=False) == labels for seed in shared]) for own in seeds]
     mean, low, high = (100 * value for value in metrics.paired_bootstrap(right[0], right[1]))
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def markdown(plan: Plan, lines: Sequence[Line]) -> Iterator[str]:
+def markdown(plan: Plan, finished: Sequence[FinishedRun]) -> Iterator[str]:
     """A row an arm of which something ran; columns of a task: scores, means ± standard deviations (seeds), and
     differences from the arm that it is compared with, if the experiment compares. The average is over the tasks that
     ran for every row, where those are several.
     """
     tasks, against = plan.tasks, plan.experiment.against
-    rows = {arm.title: {task: lines_of(plan, arm, task, lines) for task in tasks} for arm in plan.experiment.arms}
+    rows = {arm.title: {task: runs_of(plan, arm, task, finished) for task in tasks} for arm in plan.experiment.arms}
     missing = [title for title, cells in rows.items() if not any(cells.values())]
     rows = {title: cells for title, cells in rows.items() if title not in missing}
-    shown = [line for cells in rows.values() for found in cells.values() for line in found]
-    extras = [extra for extra in EXTRAS if any(line.get(extra[1]) is not None for line in shown)]
+    shown = [run for cells in rows.values() for found in cells.values() for run in found]
+    extras = [extra for extra in EXTRAS if any(getattr(run.result, extra[1]) is not None for run in shown)]
     references = {arm.title: rows.get(arm.against or against or "") for arm in plan.experiment.arms}
     compares = any(references.values())
     complete = [task for task in tasks if all(cells[task] for cells in rows.values())]
@@ -78,45 +79,45 @@ def markdown(plan: Plan, lines: Sequence[Line]) -> Iterator[str]:
     for title, cells in rows.items():
         row = [title]
         for task, found in cells.items():
-            row.append(mean_and_spread([line["score"] for line in found]) if found else "")
+            row.append(mean_and_spread([run.result.score for run in found]) if found else "")
             if compares:
                 reference = references[title]
                 row.append("" if reference is None or cells is reference else difference(found, reference[task]))
         if len(complete) > 1:
-            means = [statistics.mean(line["score"] for line in cells[task]) for task in complete]
+            means = [statistics.mean(run.result.score for run in cells[task]) for task in complete]
             row.append(f"{100 * statistics.mean(means):.2f}")
-        own = [line for found in cells.values() for line in found]
-        row += [f"{own[0]['trainable_parameters']:,}", f"{own[0]['model_bytes'] / 1e6:.1f} MB"]
+        own = [run.result for found in cells.values() for run in found]
+        row += [f"{own[0].trainable_parameters:,}", f"{own[0].model_bytes / 1e6:.1f} MB"]
         for _, name, form in extras:
-            values = [line[name] for line in own if line.get(name) is not None]
+            values = [getattr(result, name) for result in own if getattr(result, name) is not None]
             row.append(f"{statistics.mean(values):{form}}" if values else "")
         yield f"| {' | '.join(row)} |"
     yield ""
-    yield from (f"- {note}" for note in notes(plan, lines, shown))
+    yield from (f"- {note}" for note in notes(plan, finished, shown))
     if missing:
         yield f"- not run: {'; '.join(missing)}."
 
 
-def notes(plan: Plan, lines: Sequence[Line], shown: Sequence[Line]) -> Iterator[str]:
-    """What a reader must know of ``shown``, the lines in the table; ``lines`` has the searches, too."""
+def notes(plan: Plan, finished: Sequence[FinishedRun], shown: Sequence[FinishedRun]) -> Iterator[str]:
+    """What a reader must know of ``shown``, the runs in the table; ``finished`` has the searches, too."""
     for task in plan.tasks:
-        own = [line for line in shown if line["wanted"]["task"] == task]
+        own = [run for run in shown if run.settings.task == task]
         if not own:
             continue
-        sizes, seeds = sorted({line["n_train"] for line in own}), sorted({line["wanted"]["seed"] for line in own})
+        sizes, seeds = sorted({run.result.n_train for run in own}), sorted({run.settings.seed for run in own})
         yield (
-            f"{task}: {' or '.join(f'{size:,}' for size in sizes)} training rows, {own[0]['n_validation']:,} "
-            f"validation rows, {own[0]['epochs']} epochs, batch "
-            f"{own[0]['batch_size']}, best epoch of each run, seeds {', '.join(map(str, seeds))}."
+            f"{task}: {' or '.join(f'{size:,}' for size in sizes)} training rows, {own[0].result.n_validation:,} "
+            f"validation rows, {own[0].result.epochs} epochs, batch "
+            f"{own[0].result.batch_size}, best epoch of each run, seeds {', '.join(map(str, seeds))}."
         )
     if plan.experiment.against is not None:
         yield (
             "differences are of accuracy, in points, with a 95 % interval: paired bootstrap over the validation "
             "rows, the seeds that both rows have pooled."
         )
-    if any(line.get("overlap") is not None for line in shown):
+    if any(run.result.overlap is not None for run in shown):
         yield "overlap: the Jaccard overlap of the dimensions with those of most outliers, mean over the matrices."
-    ran = {line["wanted"]["method"] for line in shown}
+    ran = {run.settings.method for run in shown}
     searched = {
         arm.title if arm.grid else arm.method: (arm, task)
         for arm, task in plan.cells()
@@ -124,7 +125,7 @@ def notes(plan: Plan, lines: Sequence[Line], shown: Sequence[Line]) -> Iterator[
     }
     if searched:
         how = HOW_SEARCHED[plan.search]
-        rates = {name: plan.rate(arm, task, scores_of(lines)) for name, (arm, task) in searched.items()}
+        rates = {name: plan.rate(arm, task, scores_of(finished)) for name, (arm, task) in searched.items()}
         yield f"learning rates, {how}{'' if plan.search == 'each' else _listed(rates)}."
     if plan.rates:
         yield f"learning rates, given{_listed(plan.rates)}."

@@ -14,6 +14,7 @@ from transformers import (
 from prequant_ext import directory
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.glue import train
+from prequant_ext.glue.run import RunSettings
 from prequant_ext.model import head_parameter_names, plan, quantize_model, to_float, trainable_parameters
 from prequant_ext.t5_encoder import T5EncoderConfig, T5EncoderForSequenceClassification
 from prequant_ext.task import save_task
@@ -107,7 +108,7 @@ def test_glue_trains_the_encoder_of_a_t5(method, tmp_path):
     ).save_pretrained(tmp_path / "t5")
     tokens.save_pretrained(tmp_path / "t5")
     quantization = {"r": 3} if method == "prequant" else None
-    settings = train.Settings(
+    settings = RunSettings(
         str(tmp_path / "t5"),
         "sst2",
         method,

@@ -137,6 +137,22 @@ def test_no_module_imports_itself_by_way_of_others():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
 
 
+def test_what_is_asked_of_a_run_needs_no_torch():
+    """Settings and results of runs, and the experiments as data: lists, estimates and tables need no torch."""
+    seen, left = set(), ["glue.run", "study.experiments"]
+    while left:
+        module = left.pop()
+        seen.add(module)
+        left += [other for other in imported(module) if other not in seen and other != "__init__"]
+    importing = []
+    for module in sorted(seen):
+        for node in ast.parse(MODULES[module].read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            importing += [module] * any(name.split(".")[0] in ("torch", "transformers") for name in names)
+    assert importing == [] and {"baselines.options", "glue.tasks", "config"} <= seen
+
+
 def test_readme_map_is_true():
     readme = (ROOT / "README.md").read_text()
     tree = readme.split("## The tree", 1)[1].split("```", 2)[1]

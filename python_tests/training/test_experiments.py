@@ -11,11 +11,13 @@ from typer.testing import CliRunner
 from prequant_ext import cli, html_page
 from prequant_ext.baselines import METHODS
 from prequant_ext.config import PreQuantConfig
-from prequant_ext.glue import metrics, train
+from prequant_ext.glue import metrics
+from prequant_ext.glue.run import LEARNING_RATES, FinishedRun, RunResult, RunSettings
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.study import error_map, page, runner, tables
 from prequant_ext.study.experiments import EXPERIMENTS, GRIDS, Arm, Experiment
-from prequant_ext.study.runner import Plan, identity
+from prequant_ext.study.runner import Plan
+from support import ROOT
 from support.tiny_checkpoint import save_float_model
 from support.tiny_models import Plain, tiny_model
 
@@ -23,32 +25,35 @@ SMALL = Experiment("two arms", (Arm("full", "ft"), Arm("ours", "prequant", {"r":
 
 
 def plan(search="quick", **changes) -> Plan:
-    return replace(Plan(SMALL, ("sst2", "mrpc"), (0, 1), search), **changes)
+    return replace(Plan(SMALL, "tiny", ("sst2", "mrpc"), (0, 1), search), **changes)
 
 
-def line(wanted, score=0.8, **changes):
-    """As the worker would have written it."""
-    counted = {
-        "trainable_parameters": 10,
-        "model_bytes": 2e6,
+def result(settings: RunSettings, score=0.8, **changes) -> RunResult:
+    """As the worker would have given it."""
+    right = round(50 * score)
+    values = {
+        "score": score,
+        "scores": {"accuracy": score},
+        "best_epoch": 1,
+        "epoch_scores": [score],
+        "lr": settings.learning_rate,
         "n_train": 100,
         "n_validation": 50,
-        "quantization_error": None,
+        "trainable_parameters": 10,
         "seconds": 1.0,
-        "overlap": None,
+        "peak_memory_mb": 1.0,
+        "model_bytes": 2_000_000,
+        "task_bytes": 1000,
+        "environment": {},
+        "labels": "1" * 50,
+        "predictions": "1" * right + "0" * (50 - right),
     }
-    counted |= {"labels": "1" * 50, "predictions": "1" * round(50 * score) + "0" * (50 - round(50 * score))}
-    return (
-        {
-            "wanted": wanted,
-            "score": score,
-            "model": "tiny",
-            "epochs": wanted["epochs"],
-            "batch_size": wanted["batch_size"],
-        }
-        | counted
-        | changes
-    )
+    own = ("task", "method", "seed", "epochs", "batch_size", "max_length", "model", "data", "quantization")
+    return RunResult(**values | {name: getattr(settings, name) for name in own} | changes)
+
+
+def finished(settings: RunSettings, score=0.8, **changes) -> FinishedRun:
+    return FinishedRun(settings, result(settings, score, **changes))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -56,14 +61,36 @@ def test_every_arm_is_a_run_that_train_accepts(name):
     experiment = EXPERIMENTS[name](6)
     assert len({arm.title for arm in experiment.arms}) == len(experiment.arms) >= 3
     for arm in experiment.arms:
-        wanted = Plan(experiment, experiment.tasks, (0,), "quick").settings(arm, "sst2", 1e-3, 0)
-        settings = train.Settings(model="m", **wanted)
+        settings = Plan(experiment, "m", experiment.tasks, (0,), "quick").settings(arm, "sst2", 1e-3, 0)
         PreQuantConfig.from_dict(settings.quantization or {})
-    assert identity(wanted) == identity(json.loads(json.dumps(wanted)))
+        assert RunSettings("m", **json.loads(json.dumps(settings.wanted))).identity == settings.identity
+
+
+COMMITTED = sorted((ROOT / "bench" / "results").glob("*/runs.jsonl"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=[path.parent.name for path in COMMITTED])
+def test_committed_runs_are_known_as_finished(path):
+    """By the identity that their lines were written with, and every number of them comes back."""
+    lines = path.read_text().splitlines(keepends=True)
+    assert lines
+    for line, run in zip(lines, runner.read_runs(path), strict=True):
+        stored = json.loads(line)
+        assert run.settings.identity == json.dumps(stored["wanted"], sort_keys=True)
+        again = json.loads(run.to_line())
+        assert again == {"quantization_error": None, "overlap": None} | stored
+
+
+@pytest.mark.parametrize("line", ['{"wanted": {}}', "[]", '{"wanted": {"task": "sst2"}, "model": "m"}'])
+def test_a_line_that_is_no_run_is_named(line, tmp_path):
+    run = next(plan().possible([]))
+    (tmp_path / "runs.jsonl").write_text(finished(run).to_line() + line + "\n")
+    with pytest.raises(ValueError, match=r"runs\.jsonl, line 2 is no finished run"):
+        runner.read_runs(tmp_path / "runs.jsonl")
 
 
 def test_every_method_has_learning_rates():
-    assert set(GRIDS) == set(METHODS) == set(train.LEARNING_RATES)
+    assert set(GRIDS) == set(METHODS) == set(LEARNING_RATES)
     assert {len(grid) for grid in GRIDS.values()} == {3}  # searches of one size for all
 
 
@@ -80,7 +107,7 @@ def test_thirds_of_the_blocks():
 
 def test_experiments_share_their_runs():
     def runs(name: str) -> set[str]:
-        return {identity(wanted) for wanted in Plan(EXPERIMENTS[name](6), ("sst2",), (0, 1), "quick").possible([])}
+        return {run.identity for run in Plan(EXPERIMENTS[name](6), "m", ("sst2",), (0, 1), "quick").possible([])}
 
     assert len(runs("table1") & runs("table2")) == 4  # full fine-tuning and PreQuant, two seeds each
     assert len(runs("table3") & runs("table4")) == 2
@@ -90,35 +117,35 @@ def test_experiments_share_their_runs():
 def test_quick_runs_everything_at_one_rate():
     wanted = list(plan().possible([]))
     assert len(wanted) == len(plan().every([])) == 8
-    assert {(run["method"], run["lr"]) for run in wanted} == {
-        ("ft", train.LEARNING_RATES["ft"]),
-        ("prequant", train.LEARNING_RATES["prequant"]),
+    assert {(run.method, run.lr) for run in wanted} == {
+        ("ft", LEARNING_RATES["ft"]),
+        ("prequant", LEARNING_RATES["prequant"]),
     }
 
 
 def test_a_search_comes_first_and_its_best_rate_runs_the_other_seeds():
     searching = plan("each")
     first = list(searching.possible([]))
-    assert len(first) == 2 * 2 * 3 and {run["seed"] for run in first} == {0} and {run["epochs"] for run in first} == {3}
+    assert len(first) == 2 * 2 * 3 and {run.seed for run in first} == {0} and {run.epochs for run in first} == {3}
     scores = {GRIDS["prequant"][0]: 0.7, GRIDS["prequant"][1]: 0.9, GRIDS["prequant"][2]: 0.9}
-    lines = [line(run, scores[run["lr"]]) for run in first if (run["method"], run["task"]) == ("prequant", "mrpc")]
-    after = [run for run in searching.possible(lines) if run["seed"] == 1]
+    runs = [finished(run, scores[run.lr]) for run in first if (run.method, run.task) == ("prequant", "mrpc")]
+    after = [run for run in searching.possible(runs) if run.seed == 1]
     # the smaller of two equals
-    assert [(run["method"], run["task"], run["lr"]) for run in after] == [("prequant", "mrpc", GRIDS["prequant"][1])]
+    assert [(run.method, run.task, run.lr) for run in after] == [("prequant", "mrpc", GRIDS["prequant"][1])]
     assert len(searching.every([])) == 12 + 4  # seed 0 at the best rate has run in the search
 
 
 def test_the_estimate_goes_by_task_and_method_and_training_rows():
     lines = [
-        line(wanted, n_train=wanted["max_train"] or 200, seconds=30.0 if wanted["method"] == "ft" else 12.0)
+        finished(wanted, n_train=wanted.max_train or 200, seconds=30.0 if wanted.method == "ft" else 12.0)
         for wanted in plan(seeds=(0,)).possible([])
     ]
     missing = [wanted for wanted in plan(seeds=(1,)).possible([])]
     assert runner.estimate(missing, lines) == pytest.approx(2 * (30 + 12))
-    longer = [wanted | {"epochs": 6, "max_train": 400} for wanted in missing if wanted["task"] == "mrpc"]
+    longer = [replace(wanted, epochs=6, max_train=400) for wanted in missing if wanted.task == "mrpc"]
     assert runner.estimate(longer, lines) == pytest.approx(4 * (30 + 12))
-    unseen = [missing[0] | {"method": "lora", "max_train": None}]
-    assert runner.estimate(unseen, [line for line in lines if line["wanted"]["task"] == "sst2"]) == pytest.approx(
+    unseen = [replace(missing[0], method="lora", quantization=None, max_train=None)]
+    assert runner.estimate(unseen, [run for run in lines if run.settings.task == "sst2"]) == pytest.approx(
         (30 + 12) / 2
     )
     assert runner.estimate(missing, []) is None
@@ -129,13 +156,13 @@ def test_progress_counts_runs_whose_rate_is_not_known_yet():
     first = next(searching.possible([]))
     assert runner.progress(searching, [], 2) == "0 of 16 runs done"
     assert (
-        runner.progress(searching, [line(first, n_train=4000, seconds=480.0)], 2)
+        runner.progress(searching, [finished(first, n_train=4000, seconds=480.0)], 2)
         == "1 of 16 runs done, about 60 minutes left"
     )
 
 
 def test_a_table_grows_with_the_tasks_and_seeds_of_later_commands(tmp_path):
-    first = page.Study("table3", "tiny", 2, Plan(EXPERIMENTS["table3"](2), ("sst2",), (0, 1), "quick"))
+    first = page.Study("table3", 2, Plan(EXPERIMENTS["table3"](2), "tiny", ("sst2",), (0, 1), "quick"))
     later = replace(first, plan=replace(first.plan, tasks=("mrpc",), seeds=(0,)))
     first.write(tmp_path)
     joined = later.joined(tmp_path)
@@ -161,38 +188,38 @@ def test_a_rate_searched_once_serves_every_arm_of_its_method():
         Arm("drawn", "prequant_random", {}, seeds_selector=True),
     )
     searching = plan("once", experiment=Experiment("", arms))
-    first = {identity(run): run for run in searching.possible([])}
-    assert len(first) == 6 and {(run["task"], run["epochs"]) for run in first.values()} == {("sst2", 1)}
-    lines = [line(run, run["lr"]) for run in first.values()]
-    runs = {identity(run): run for run in searching.possible(lines)}
+    first = {run.identity: run for run in searching.possible([])}
+    assert len(first) == 6 and {(run.task, run.epochs) for run in first.values()} == {("sst2", 1)}
+    lines = [finished(run, run.lr) for run in first.values()]
+    runs = {run.identity: run for run in searching.possible(lines)}
     fixed = [run for key, run in runs.items() if key not in first]
-    assert len(fixed) == 3 * 2 * 2 and {run["lr"] for run in fixed} == {1e-2}
+    assert len(fixed) == 3 * 2 * 2 and {run.lr for run in fixed} == {1e-2}
     assert set(searching.every(lines)) == set(runs) and len(runs) == len(searching.every([])) == 18
-    assert {run["quantization"]["seed"] for run in fixed if run["method"] == "prequant_random"} == {0, 1}
+    assert {run.quantization["seed"] for run in fixed if run.method == "prequant_random"} == {0, 1}
 
 
 def test_an_arm_with_a_grid_of_its_own_searches_it():
     arms = (Arm("ours", "prequant", {}), Arm("wide", "prequant", {"r": 20}, grid=(0.1, 0.2)))
     searching = plan("once", experiment=Experiment("", arms), tasks=("sst2",), seeds=(0,))
     first = list(searching.possible([]))
-    assert [(run["quantization"], run["lr"], run["epochs"]) for run in first[3:]] == [
+    assert [(run.quantization, run.lr, run.epochs) for run in first[3:]] == [
         ({"r": 20}, 0.1, 1),
         ({"r": 20}, 0.2, 1),
     ] and len(first) == 5
-    lines = [line(run, run["lr"]) for run in first]
-    assert [(run["quantization"], run["lr"]) for run in searching.possible(lines) if run["epochs"] == 3] == [
+    lines = [finished(run, run.lr) for run in first]
+    assert [(run.quantization, run.lr) for run in searching.possible(lines) if run.epochs == 3] == [
         ({}, 1e-2),
         ({"r": 20}, 0.2),
     ]
-    assert [run["lr"] for run in plan("each", experiment=Experiment("", arms), tasks=("sst2",)).possible([])][3:] == [
+    assert [run.lr for run in plan("each", experiment=Experiment("", arms), tasks=("sst2",)).possible([])][3:] == [
         0.1,
         0.2,
     ]
-    assert {run["lr"] for run in plan("quick", experiment=Experiment("", arms)).possible([])} == {
-        train.LEARNING_RATES["prequant"],
+    assert {run.lr for run in plan("quick", experiment=Experiment("", arms)).possible([])} == {
+        LEARNING_RATES["prequant"],
         0.2,
     }
-    done = [*lines, *(line(run) for run in searching.possible(lines) if run["epochs"] == 3)]
+    done = [*lines, *(finished(run) for run in searching.possible(lines) if run.epochs == 3)]
     assert "one for each method: prequant at 0.01, wide at 0.2." in "\n".join(tables.markdown(searching, done))
 
 
@@ -201,20 +228,20 @@ def test_a_restart_runs_what_is_missing(tmp_path, monkeypatch):
 
     def perform(settings, threads, processes):
         calls.append(settings)
-        if settings["seed"] == 1 and settings["method"] == "ft" and len(calls) < 20:
+        if settings.seed == 1 and settings.method == "ft" and len(calls) < 20:
             raise RuntimeError("exit code -9")
-        return {key: value for key, value in line(settings).items() if key not in ("wanted", "model")}
+        return result(settings)
 
     monkeypatch.setattr(runner, "perform", perform)
     out, said = tmp_path / "runs" / "runs.jsonl", []
-    failed = runner.run(plan(), out, "tiny", "/models/tiny", "/glue", 1, 2, said.append)
+    failed = runner.run_all(plan(), out, "/models/tiny", "/glue", 1, 2, said.append)
     assert (
         len(failed) == 2
         and len(calls) == 8
         and all("ft, lr 5e-05, seed 1, 3 epochs" in message and "exit code -9" in message for message in failed)
     )
     assert (
-        {settings["model"] for settings in calls} == {"/models/tiny"}
+        {settings.model for settings in calls} == {"/models/tiny"}
         and "/models" not in out.read_text()
         and "/glue" not in out.read_text()
     )
@@ -222,11 +249,11 @@ def test_a_restart_runs_what_is_missing(tmp_path, monkeypatch):
     with out.open("a") as file:
         file.write('{"wanted": {"task": "ss')  # a kill in the middle of a line
     calls += [None] * 20
-    assert runner.run(plan(), out, "tiny", "/models/tiny", "/glue", 1, 1, said.append) == []
-    assert len(calls) == 8 + 20 + 2 and len(runner.read_lines(out)) == 8
+    assert runner.run_all(plan(), out, "/models/tiny", "/glue", 1, 1, said.append) == []
+    assert len(calls) == 8 + 20 + 2 and len(runner.read_runs(out)) == 8
     assert (
-        runner.run(plan(), out, "other", "/models/other", "/glue", 1, 4, said.append) == []
-        and len(runner.read_lines(out)) == 16
+        runner.run_all(plan(model="other"), out, "/models/other", "/glue", 1, 4, said.append) == []
+        and len(runner.read_runs(out)) == 16
     )
 
 
@@ -234,10 +261,10 @@ def test_a_table_has_means_spreads_and_an_average_of_complete_tasks():
     whole = plan(tasks=("sst2", "mrpc", "rte"))
     lines = []
     for run in whole.possible([]):
-        if run["method"] == "prequant" and run["task"] == "mrpc":
+        if run.method == "prequant" and run.task == "mrpc":
             continue
-        error = 31.04 if run["method"] == "prequant" else None
-        lines.append(line(run, (0.7 if run["task"] == "rte" else 0.8) + 0.02 * run["seed"], quantization_error=error))
+        error = 31.04 if run.method == "prequant" else None
+        lines.append(finished(run, (0.7 if run.task == "rte" else 0.8) + 0.02 * run.seed, quantization_error=error))
     text = "\n".join(tables.markdown(whole, lines))
     assert "| full | 81.00 ± 1.41 (2) | 81.00 ± 1.41 (2) | 71.00 ± 1.41 (2) | 76.00 | 10 | 2.0 MB |  |" in text
     assert "| ours | 81.00 ± 1.41 (2) |  | 71.00 ± 1.41 (2) | 76.00 | 10 | 2.0 MB | 31.0 |" in text
@@ -255,10 +282,10 @@ def test_a_table_compares_with_one_arm_on_the_same_rows():
         rates={"prequant": 1e-3, "prequant_random": 1e-3},
         seeds=(0, 1, 2),
     )
-    runs = [run for run in compared.possible([]) if run["method"] != "ft" and run["task"] == "sst2"]
+    runs = [run for run in compared.possible([]) if run.method != "ft" and run.task == "sst2"]
     scores = {"prequant": 0.8, "prequant_random": 0.7}
     lines = [
-        line(run, scores[run["method"]], overlap=0.25 if run["method"] == "prequant_random" else None) for run in runs
+        finished(run, scores[run.method], overlap=0.25 if run.method == "prequant_random" else None) for run in runs
     ]
     text = "\n".join(tables.markdown(compared, lines[:-1]))  # of one arm only two seeds: those are compared
     assert (
@@ -280,15 +307,15 @@ def test_a_table_compares_with_one_arm_on_the_same_rows():
     )
     assert tables.difference([], lines) == tables.difference(lines[:1], lines[1:2]) == ""  # no seed is shared
     assert "- overlap: the Jaccard overlap" in text
-    regression = [line(run | {"task": "stsb"}) for run in runs[:1]]
+    regression = [finished(replace(run, task="stsb")) for run in runs[:1]]
     assert tables.difference(regression, regression) == ""
 
 
 def test_few_rows_are_compared_with_as_few():
     few = plan(experiment=EXPERIMENTS["table6"](6), tasks=("sst2",), rates={"ft": 1e-4, "prequant": 5e-3}, seeds=(0,))
     scores = {("ft", 500): 0.7, ("ft", 1000): 0.9, ("prequant", 500): 0.6, ("prequant", 1000): 0.6}
-    runs = {(run["method"], run["max_train"]): run for run in few.possible([])}
-    text = "\n".join(tables.markdown(few, [line(runs[cell], score) for cell, score in scores.items()]))
+    runs = {(run.method, run.max_train): run for run in few.possible([])}
+    text = "\n".join(tables.markdown(few, [finished(runs[cell], score) for cell, score in scores.items()]))
     assert "| method | sst2 (accuracy) | minus full fine-tuning |" in text
     assert "| full fine-tuning, 500 rows | 70.00 |  |" in text and "| full fine-tuning, 1,000 rows | 90.00 |  |" in text
     assert "| PreQuant, 500 rows | 60.00 | -10.00 [" in text and "| PreQuant, 1,000 rows | 60.00 | -30.00 [" in text
@@ -297,8 +324,8 @@ def test_few_rows_are_compared_with_as_few():
 def test_given_rates_are_not_searched():
     given = plan("each", rates={"prequant": 0.25})
     runs = list(given.possible([]))
-    assert {run["lr"] for run in runs if run["method"] == "prequant"} == {0.25} and {
-        run["lr"] for run in runs if run["method"] == "ft"
+    assert {run.lr for run in runs if run.method == "prequant"} == {0.25} and {
+        run.lr for run in runs if run.method == "ft"
     } == set(GRIDS["ft"])
     assert len(given.every([])) == 2 * (3 + 1) + 2 * 2
 
@@ -308,19 +335,19 @@ def test_a_rate_given_for_a_task_is_of_that_task_and_of_arms_without_a_grid():
     given = plan("once", experiment=Experiment("", arms), rates={"mrpc/prequant": 0.25, "prequant": 0.5})
     assert [given.given(arm, task) for arm in arms for task in ("sst2", "mrpc")] == [0.5, 0.25, None, None]
     searches = list(given.possible([]))[:3]
-    assert [run["lr"] for run in searches] == [1e-4, 2e-4, 3e-4]
-    lines = [line(run, score) for run, score in zip(searches, (0.7, 0.9, 0.8), strict=True)]
+    assert [run.lr for run in searches] == [1e-4, 2e-4, 3e-4]
+    lines = [finished(run, score) for run, score in zip(searches, (0.7, 0.9, 0.8), strict=True)]
     rates = {
-        (run["task"], (run["quantization"] or {}).get("r")): run["lr"]
+        (run.task, (run.quantization or {}).get("r")): run.lr
         for run in given.possible(lines)
-        if run["epochs"] == given.epochs
+        if run.epochs == given.epochs
     }
     assert rates == {("sst2", None): 0.5, ("mrpc", None): 0.25, ("sst2", 10): 2e-4, ("mrpc", 10): 2e-4}
     of_one = plan("once", experiment=Experiment("", arms[:1]), rates={"mrpc/prequant": 0.25})
-    searched = [line(run, score) for run, score in zip(list(of_one.possible([]))[:3], (0.7, 0.9, 0.8), strict=True)]
+    searched = [finished(run, score) for run, score in zip(list(of_one.possible([]))[:3], (0.7, 0.9, 0.8), strict=True)]
     text = "\n".join(
         tables.markdown(
-            of_one, searched + [line(run) for run in of_one.possible(searched) if run["epochs"] == of_one.epochs]
+            of_one, searched + [finished(run) for run in of_one.possible(searched) if run.epochs == of_one.epochs]
         )
     )
     assert (
@@ -334,12 +361,12 @@ def recorded(folder, names):
     lines = {}
     for name in names:
         made = EXPERIMENTS[name](6)
-        whole = Plan(made, made.tasks, (0, 1, 2), "quick")
-        page.Study(name, "tiny", 6, whole).write(folder)
+        whole = Plan(made, "tiny", made.tasks, (0, 1, 2), "quick")
+        page.Study(name, 6, whole).write(folder)
         lines |= {
-            identity(run): line(run, 0.7 + (len(identity(run)) % 7 + run["seed"]) / 50) for run in whole.possible([])
+            run.identity: finished(run, 0.7 + (len(run.identity) % 7 + run.seed) / 50) for run in whole.possible([])
         }
-    (folder / "runs.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines.values()))
+    (folder / "runs.jsonl").write_text("".join(entry.to_line() for entry in lines.values()))
     return lines
 
 
@@ -412,7 +439,7 @@ def test_markdown_becomes_html():
 
 def test_a_study_is_read_as_it_was_written(tmp_path):
     written = page.Study(
-        "table5", "tiny", 9, Plan(EXPERIMENTS["table5"](9), ("sst2",), (0, 3), "once", "synthetic", 2, 100)
+        "table5", 9, Plan(EXPERIMENTS["table5"](9), "tiny", ("sst2",), (0, 3), "once", "synthetic", 2, 100)
     )
     written.write(tmp_path)
     (read,) = page.read_studies(tmp_path)
@@ -424,11 +451,11 @@ def test_two_processes_train_one_run(tmp_path):
     """By torchrun on gloo: one line, of the whole validation set in its order; the batch is that of both together."""
     float_model = save_float_model(tmp_path / "float")
     wanted = plan(data="synthetic", epochs=2, max_train=256).settings(SMALL.arms[1], "sst2", 1e-2, 0)
-    found = runner.perform({**wanted, "model": float_model, "data_dir": None}, 1, processes=2)
-    predictions, labels = (metrics.unpack(found[key], is_regression=False) for key in ("predictions", "labels"))
-    assert len(labels) == 128 and (predictions == labels).mean() == found["score"] and found["n_train"] == 256
+    found = runner.perform(replace(wanted, model=float_model), 1, processes=2)
+    predictions, labels = (metrics.unpack(text, is_regression=False) for text in (found.predictions, found.labels))
+    assert len(labels) == 128 and (predictions == labels).mean() == found.score and found.n_train == 256
     with pytest.raises(RuntimeError, match="batch_size must be a multiple of the 2 processes, got 31"):
-        runner.perform({**wanted, "batch_size": 31, "model": float_model, "data_dir": None}, 1, processes=2)
+        runner.perform(replace(wanted, model=float_model, batch_size=31), 1, processes=2)
 
 
 @pytest.mark.slow
@@ -443,8 +470,8 @@ def test_the_command_trains_and_prints_its_table(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     assert "| min_max |" in done.stdout and (tmp_path / "runs" / "table3.md").read_text() == done.stdout
     errors = {
-        run["wanted"]["quantization"].get("strategy"): run["quantization_error"]
-        for run in runner.read_lines(tmp_path / "runs" / "runs.jsonl")
+        run.settings.quantization.get("strategy"): run.result.quantization_error
+        for run in runner.read_runs(tmp_path / "runs" / "runs.jsonl")
     }
     assert len(errors) == 4 and errors["mse"] <= errors["min_max"] and errors["row_wise"] < errors[None]
     monkeypatch.setattr(runner, "perform", None)  # nothing is run again

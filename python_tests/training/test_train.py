@@ -19,6 +19,7 @@ from prequant_ext.baselines import Options
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.glue import metrics, train, trainer
 from prequant_ext.glue.models import initialise_head, load_model, make_ready, resolve_model
+from prequant_ext.glue.run import FLOAT_METHODS, RunSettings
 from prequant_ext.glue.tasks import TASKS, load_rows
 from prequant_ext.model import head_parameter_names
 from support.tiny_checkpoint import save_float_model
@@ -34,7 +35,7 @@ def float_model(tmp_path_factory):
 def settings(float_model, method="prequant", **changes):
     defaults = {"task": "sst2", "data": "synthetic", "epochs": 2, "lr": 1e-2, "max_length": 32, "max_train": 128}
     defaults["quantization"] = QUANTIZED if method == "prequant" else None
-    return train.Settings(float_model, method=method, **(defaults | changes))
+    return RunSettings(float_model, method=method, **(defaults | changes))
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -106,14 +107,14 @@ def test_a_method_refuses_the_other_kind_of_model(float_model):
     with pytest.raises(
         ValueError, match=r"method prequant needs a quantized model \(prequant quantize\), but .* is a float one"
     ):
-        train.fine_tune(train.Settings(float_model, "sst2", data="synthetic"))
+        train.fine_tune(RunSettings(float_model, "sst2", data="synthetic"))
     model = ready(float_model, "prequant")
     with pytest.raises(ValueError, match=r"method ft needs a float model, but .* is quantized already"):
         make_ready(model, "ft", None)
     with pytest.raises(ValueError, match=r"method prequant quantizes it itself, but .* is quantized already"):
         make_ready(model, "prequant", Options())
     with pytest.raises(ValueError, match="quantization must be None"):
-        train.Settings(float_model, "sst2", "ft", quantization=QUANTIZED)
+        RunSettings(float_model, "sst2", "ft", quantization=QUANTIZED)
 
 
 def test_an_embedded_model_that_is_not_installed_says_how_to_install_it(monkeypatch):
@@ -141,7 +142,7 @@ def test_an_embedded_model_that_is_not_installed_says_how_to_install_it(monkeypa
 )
 def test_wrong_settings_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        train.Settings(**({"model": "m", "task": "sst2"} | change))
+        RunSettings(**({"model": "m", "task": "sst2"} | change))
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def test_the_base_does_not_move(float_model):
 def test_every_other_method_runs(float_model, name):
     """A line as complete as the others', from runs that come first where the method has one."""
     options = {"group_size": 16, "calibration_steps": 2} if ALL_METHODS[name].needs_calibration else {"rank": 2}
-    quantization = None if name in train.FLOAT_METHODS else {"r": 3, "seed": 1}
+    quantization = None if name in FLOAT_METHODS else {"r": 3, "seed": 1}
     chosen = settings(float_model, name, epochs=1, max_train=64, lr=1e-3, quantization=quantization, options=options)
     model, _, result = train.fine_tune(chosen)
     line = json.loads(result.to_json())
@@ -245,11 +246,12 @@ def test_diverging_training_says_so(float_model):
 
 WORKER = """
 import json, sys
-from prequant_ext.glue.train import Settings, fine_tune
+from prequant_ext.glue.run import RunSettings
+from prequant_ext.glue.train import fine_tune
 from safetensors.torch import save_file
 from prequant_ext.glue.train import trained_tensors
 settings, work_dir, out = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
-model, _, result = fine_tune(Settings(**settings), work_dir)
+model, _, result = fine_tune(RunSettings(**settings), work_dir)
 save_file(trained_tensors(model), out)
 print(result.to_json())
 """
