@@ -2,7 +2,7 @@
 //
 // An operator is one host function (ops_storage.cpp, ops_quantize.cpp, ops_linear.cpp) that checks its arguments, allocates and calls
 // the kernel of the tensors' device through the table in kernels.h. What it computes: prequant_ext/reference.py, same name.
-// Fakes and gradients are registered in prequant_ext/ops.py.
+// Fakes and gradients are registered in prequant_ext/ops/.
 //
 //   M tokens   K in_features   N out_features   G scales along K   r outlier dimensions   B bytes of a packed row
 //   weight (N, K) float    weight_packed (N, B) uint8    scale float32, zero_point uint8: (1, 1), (N, 1) or (N, G)
