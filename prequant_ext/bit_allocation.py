@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from prequant_ext import ops
 from prequant_ext.blocks import Block, block_holding, blocks_of
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.families import Family
 from prequant_ext.model import plan, progress
 from prequant_ext.outliers import row_chunks
 from prequant_ext.quantize import quantize_matrix
+from prequant_ext.reference import container_bits
 from prequant_ext.report import table
 from prequant_ext.sites import family_of, find_sites
 
@@ -125,7 +125,7 @@ def _squared_norm(weight: Tensor) -> float:
 
 def _code_bytes(shape: tuple[int, int], bits: int) -> int:
     N, K = shape
-    return N * ((K * ops.container_bits(bits) + 7) // 8)
+    return N * ((K * container_bits(bits) + 7) // 8)
 
 
 def _other_bytes(model: nn.Module, config: PreQuantConfig, family: Family | None) -> int:

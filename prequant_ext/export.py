@@ -26,6 +26,7 @@ from torch.nn import functional
 from prequant_ext import ops
 from prequant_ext.embedding import PreQuantEmbedding
 from prequant_ext.linear import PreQuantLinear
+from prequant_ext.reference import container_bits
 from prequant_ext.sites import is_pretrained_model
 from prequant_ext.task_file import write_atomically
 
@@ -88,7 +89,7 @@ class _OnnxLinear(nn.Module):
     def __init__(self, layer: PreQuantLinear):
         super().__init__()
         N, K, G = layer.out_features, layer.in_features, layer.weight_scale.shape[1]
-        container, group = ops.container_bits(layer.bits), K // G
+        container, group = container_bits(layer.bits), K // G
         block = block_size(group, container)
         blocks = -(-group // block)
         self.shape, self.axis, self.r, self.groups = (N, K), layer.axis, layer.r, G

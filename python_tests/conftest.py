@@ -38,10 +38,10 @@ def use_cpu_variant() -> None:
 
     if variant == "emulated":
         emulated.load()
-        ops._prequant = getattr(torch.ops, emulated.LIBRARIES["fast"])
+        ops.calls.library = getattr(torch.ops, emulated.LIBRARIES["fast"])
     else:
         cpu_variants.load(variant)
-        ops._prequant = getattr(torch.ops, cpu_variants.library(variant))
+        ops.calls.library = getattr(torch.ops, cpu_variants.library(variant))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -102,7 +102,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "emulated":
         from prequant_ext import ops
 
-        monkeypatch.setattr(ops, "_prequant", request.getfixturevalue("emulated_library"))
+        monkeypatch.setattr(ops.calls, "library", request.getfixturevalue("emulated_library"))
         return "cpu"
     if request.param == "cuda":
         gap = _cuda_gap(request.path)

@@ -127,7 +127,7 @@ def test_a_lookup_is_the_same_to_the_last_bit(granularity, zoo, zoo_content, zoo
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_file_holds_the_layers_codes_scales_and_zero_points(name, zoo, zoo_content):
     layer = zoo.layers[name]
-    N, K, container = layer.out_features, layer.in_features, ops.container_bits(layer.bits)
+    N, K, container = layer.out_features, layer.in_features, reference.container_bits(layer.bits)
     attributes, packed, scale, zero_point = File(zoo_content).product(f"layers.{name}")
     block = attributes["block_size"]
     blocks = -(-attributes["K"] // block)

@@ -161,7 +161,7 @@ def test_budgets_state_what_is_launched(traced_library, monkeypatch):
 
     from prequant_ext import ops
 
-    monkeypatch.setattr(ops, "_prequant", torch.ops.prequant_traced)
+    monkeypatch.setattr(ops.calls, "library", torch.ops.prequant_traced)
     budgets = read_budgets()
     launched = set()
     for layer in test_gpu.LAYERS.values():

@@ -42,7 +42,7 @@ def sample(emulated_library, monkeypatch):
 
     def arguments(operator: str, layer: Any) -> list[Any]:
         recorder = Recorder(emulated_library)
-        monkeypatch.setattr(ops, "_prequant", recorder)
+        monkeypatch.setattr(ops.calls, "library", recorder)
         call, operand = calls(layer, "cpu")[operator]
         call(operand)
         return [

@@ -391,7 +391,7 @@ class PretendedCuda(torch.Tensor):
 def test_trap_13_a_missing_kernel_names_the_operator_the_device_and_the_rebuild_command(request, monkeypatch):
     if "scatter_outlier_" in torch.ops.prequant.build_info().partition("cuda_ops=")[2]:
         # The same host functions built without CUDA: the emulated library knows tensors of the CPU alone.
-        monkeypatch.setattr(ops, "_prequant", request.getfixturevalue("emulated_library"))
+        monkeypatch.setattr(ops.calls, "library", request.getfixturevalue("emulated_library"))
     message = r"prequant::scatter_outlier_ has no kernel for cuda.*PREQUANT_CUDA=1 pip install"
     with pytest.raises(RuntimeError, match=message), torch._C._DisableTorchDispatch():
         dense, dims, values = (

@@ -19,7 +19,7 @@ from prequant_ext import ops
 from support import ROOT, cpu_variants, emulated
 
 TESTS = Path(__file__).parent
-OPERATORS = [op for op in ops.FAKES if (TESTS / f"test_{op}.py").exists()]
+OPERATORS = [op for op in ops.OPERATORS if (TESTS / f"test_{op}.py").exists()]
 EMULATED_LEVELS = [variant for variant, chosen in cpu_variants.VARIANTS.items() if not chosen.is_sanitized]
 SANITIZED = [variant for variant, chosen in cpu_variants.VARIANTS.items() if chosen.is_sanitized]
 

@@ -48,10 +48,10 @@ def sample(op: str, device: str):
     }[op]
 
 
-@pytest.mark.parametrize("op", ops.FAKES)
+@pytest.mark.parametrize("op", ops.OPERATORS)
 def test_opcheck(op, device):
     # the library that the device fixture chose
-    torch.library.opcheck(getattr(ops._prequant, op).default, sample(op, device))
+    torch.library.opcheck(getattr(ops.calls.library, op).default, sample(op, device))
 
 
 # Large enough that eight threads get work from every kernel.
@@ -62,7 +62,7 @@ MANY_TASKS = {
 
 
 @pytest.mark.parametrize("layer", MANY_TASKS.values(), ids=MANY_TASKS.keys())
-@pytest.mark.parametrize("op", ops.FAKES)
+@pytest.mark.parametrize("op", ops.OPERATORS)
 def test_thread_count_changes_no_bit(op, layer, request):
     request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     call, operand = calls(layer, "cpu")[op]
@@ -75,14 +75,14 @@ def test_thread_count_changes_no_bit(op, layer, request):
 
 
 @pytest.mark.parametrize(
-    "op", [op for op in ops.FAKES if op not in ("pack", "unpack", "prepack", "unprepack", "weight_stats")]
+    "op", [op for op in ops.OPERATORS if op not in ("pack", "unpack", "prepack", "unprepack", "weight_stats")]
 )
 def test_tensors_on_two_devices_are_refused(op, device):
     """Every tensor but the first on the meta device, as when half of a model was moved."""
     first, *rest = sample(op, device)
     moved = [argument.to("meta") if isinstance(argument, torch.Tensor) else argument for argument in rest]
     with pytest.raises(
-        RuntimeError, match=rf"{ops._prequant.name}::{op}: tensors must be on one device, got {device}.* and meta"
+        RuntimeError, match=rf"{ops.calls.library.name}::{op}: tensors must be on one device, got {device}.* and meta"
     ):
         getattr(ops, op)(first, *moved)
 

@@ -104,4 +104,4 @@ if __name__ == "__main__":
     import conftest
 
     conftest.use_cpu_variant()
-    print(json.dumps({"level": ops._prequant.build_info(), **dict(digests())}))
+    print(json.dumps({"level": ops.calls.library.build_info(), **dict(digests())}))
