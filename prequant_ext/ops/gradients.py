@@ -58,7 +58,7 @@ def _keep(
     ctx.keeps_columns = ctx.axis == 1 and "outlier_weight" in needed and "scale" not in needed
     kept: tuple[Tensor | None, ...] = (activation, x_scale, x_zero_point)
     if ctx.keeps_columns:
-        kept = (activation[:, outlier_dims], x_scale, x_zero_point)
+        kept = (activation.index_select(1, outlier_dims), x_scale, x_zero_point)
     elif "scale" not in needed and not ("outlier_weight" in needed and outlier_dims.shape[0] > 0):
         kept = (None, None, None)
     layer = (arguments.weight_packed, arguments.scale, arguments.zero_point, outlier_dims, arguments.outlier_weight)
@@ -79,7 +79,7 @@ def _linear_backward(library: Any, ctx: Any, grad_y: Tensor, needed: set[str]) -
         if activation is None:  # r = 0
             gradients["outlier_weight"] = torch.zeros_like(outlier_weight)
         else:
-            columns = activation if ctx.keeps_columns or ctx.axis == 0 else activation[:, outlier_dims]
+            columns = activation if ctx.keeps_columns or ctx.axis == 0 else activation.index_select(1, outlier_dims)
             gradients["outlier_weight"] = library.outlier_grad(
                 grad_y, columns, x_scale, x_zero_point, outlier_dims, ctx.axis
             )
