@@ -26,7 +26,7 @@ from prequant_ext.families import Family
 from prequant_ext.model import plan, progress
 from prequant_ext.outliers import row_chunks
 from prequant_ext.quantize import quantize_matrix
-from prequant_ext.reference import container_bits
+from prequant_ext.reference import row_bytes
 from prequant_ext.report import table
 from prequant_ext.sites import family_of, find_sites
 
@@ -125,7 +125,7 @@ def _squared_norm(weight: Tensor) -> float:
 
 def _code_bytes(shape: tuple[int, int], bits: int) -> int:
     N, K = shape
-    return N * ((K * container_bits(bits) + 7) // 8)
+    return N * row_bytes(K, bits)
 
 
 def _other_bytes(model: nn.Module, config: PreQuantConfig, family: Family | None) -> int:

@@ -10,7 +10,7 @@ from prequant_ext import ops, quantize
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.frozen import FrozenWeight, empty_parameter, is_sharded, on_whole
 from prequant_ext.outliers import AXES
-from prequant_ext.reference import container_bits
+from prequant_ext.reference import row_bytes
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -77,7 +77,7 @@ class PreQuantLinear(FrozenWeight):
         N, K, r = out_features, in_features, config.r
         blocks = quantize.scale_shape(config, N, K, hidden_size)
         self.group_size = K // blocks[1] if blocks[1] > 1 else 0
-        self.weight_packed = empty_parameter((N, (K * container_bits(self.bits) + 7) // 8), torch.uint8, device)
+        self.weight_packed = empty_parameter((N, row_bytes(K, self.bits)), torch.uint8, device)
         self.weight_scale = empty_parameter(blocks, torch.float32, device, requires_grad=config.train_scales)
         self.weight_zero_point = empty_parameter(blocks, torch.uint8, device)
         self.outlier_dims = empty_parameter((r,), torch.int64, device)
@@ -160,8 +160,8 @@ class PreQuantLinear(FrozenWeight):
         return on_whole(lambda codes: ops.unprepack(codes, self.out_features, self.in_features, self.bits), packed)
 
     def stored_bytes(self) -> int:
-        row_bytes = (self.in_features * container_bits(self.bits) + 7) // 8
-        return super().stored_bytes() - self.weight_packed.nbytes + self.out_features * row_bytes
+        code_bytes = self.out_features * row_bytes(self.in_features, self.bits)
+        return super().stored_bytes() - self.weight_packed.nbytes + code_bytes
 
     @torch.no_grad()
     def prepack_(self) -> "PreQuantLinear":

@@ -27,6 +27,11 @@ def container_bits(bits: int) -> int:
     return 2 if bits == 2 else 4 if bits <= 4 else 8
 
 
+def row_bytes(K: int, bits: int) -> int:
+    """Bytes of a row of K codes in canonical storage."""
+    return (K * container_bits(bits) + 7) // 8
+
+
 # ---- statistics and outliers (Eq. 3, Section 4.3) --------------------------------------------------------------------
 
 

@@ -9,13 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prequant_ext.reference import container_bits
+from prequant_ext.reference import container_bits, row_bytes
 
 _Stats = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def _row_bytes(K: int, bits: int) -> int:
-    return (K * container_bits(bits) + 7) // 8
 
 
 def weight_stats(weight: Tensor, block_size: int) -> _Stats:
@@ -37,7 +33,7 @@ def select_outlier_dims(counts: Tensor, energy: Tensor, r: int) -> Tensor:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    return codes.new_empty(codes.shape[0], _row_bytes(codes.shape[1], bits))
+    return codes.new_empty(codes.shape[0], row_bytes(codes.shape[1], bits))
 
 
 def unpack(weight_packed: Tensor, K: int, bits: int) -> Tensor:
@@ -48,7 +44,7 @@ def prepack(weight_packed: Tensor, K: int, bits: int) -> Tensor:
     """Panels of 16 rows on the CPU, tensor-core chunks on a GPU (csrc/formats.h)."""
     if weight_packed.device.type == "cuda":
         return tensor_core_chunks(weight_packed, K, bits)
-    words = (_row_bytes(K, bits) + 3) // 4
+    words = (row_bytes(K, bits) + 3) // 4
     return weight_packed.new_empty((weight_packed.shape[0] + 15) // 16, words + 1, 64)
 
 
@@ -58,13 +54,13 @@ def tensor_core_chunks(weight_packed: Tensor, K: int, bits: int) -> Tensor:
 
 
 def unprepack(prepacked: Tensor, N: int, K: int, bits: int) -> Tensor:
-    return prepacked.new_empty(N, _row_bytes(K, bits))
+    return prepacked.new_empty(N, row_bytes(K, bits))
 
 
 def quantize_pack(
     weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, outlier_dims: Tensor, axis: int
 ) -> Tensor:
-    return zero_point.new_empty(weight.shape[0], _row_bytes(weight.shape[1], bits))
+    return zero_point.new_empty(weight.shape[0], row_bytes(weight.shape[1], bits))
 
 
 def dequantize(
