@@ -27,8 +27,8 @@ from prequant_ext.outliers import (
     select_outliers,
     threshold_sigmas,
 )
+from prequant_ext.reference import MIN_SCALE
 
-MIN_SCALE = 2.0**-126  # the smallest normal float32: kernels may flush what is below
 SIGMAS = 6.0  # alpha of the sigma strategies, Section 4.2
 
 

@@ -19,7 +19,9 @@ from torch import Tensor
 TILE = 4096  # elements of a statistics tile
 LANES = 32  # partial sums of a tile: element i of a tile belongs to lane i % LANES
 ENERGY_UNITS = 2.0**20  # clipping energy is counted in units of sigma^2 / 2^20
-MIN_SCALE = 2.0**-126  # the smallest normal float32: an activation row with a smaller step counts as all zero
+# The smallest normal float32, since kernels may flush what is below it. Weights have no smaller scale, and a row of
+# activations with a smaller step counts as all zero.
+MIN_SCALE = 2.0**-126
 
 
 def container_bits(bits: int) -> int:
