@@ -47,6 +47,16 @@ def sharded_like(parameter: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
+def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn`` as nn.Module applies it to a tensor, but where it would change the dtype it changes the device alone."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return tensor.to(result.device) if result.dtype != tensor.dtype else result
+
+    return moved
+
+
 class FrozenWeight(nn.Module):
     """A module whose packed weight, scales and indices are frozen Parameters.
 
@@ -95,12 +105,8 @@ class FrozenWeight(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenWeight":
         kept = [parameter for name, parameter in self.named_parameters(recurse=False) if name in self.keeps_float32]
         masters = {id(tensor) for parameter in kept for tensor in (parameter, parameter.grad) if tensor is not None}
-
-        def moving_masters_only(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            return tensor.to(result.device) if id(tensor) in masters and result.dtype != tensor.dtype else result
-
-        super()._apply(moving_masters_only, recurse)
+        moved = keeping_dtype(fn)
+        super()._apply(lambda tensor: moved(tensor) if id(tensor) in masters else fn(tensor), recurse)
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.weight_scale.device)).dtype
         return self
 

@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from prequant_ext import model as models
+from prequant_ext.frozen import keeping_dtype
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.row_tasks import BASE_NAME
 from prequant_ext.task_file import fingerprint, read_task, write_atomically, write_task
@@ -99,11 +100,7 @@ class _Float32Parameters(nn.ParameterDict):
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Float32Parameters":
-        def moving_only(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            return tensor.to(result.device) if result.dtype != tensor.dtype else result
-
-        return super()._apply(moving_only, recurse)
+        return super()._apply(keeping_dtype(fn), recurse)
 
 
 class PreQuantColumnsLayer(nn.Module, BaseTunerLayer):
