@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from prequant_ext.embedding import PreQuantEmbedding
+from prequant_ext.frozen import FrozenWeight, quantized_modules
 from prequant_ext.linear import PreQuantLinear
-
-QuantizedModule = PreQuantLinear | PreQuantEmbedding
 
 _DTYPES = {
     "F64": torch.float64,
@@ -76,12 +74,6 @@ def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, Header]:
         except (SafetensorError, RuntimeError, EOFError) as error:
             raise ValueError(f"{file} is truncated or corrupted: {error}") from error
     return headers
-
-
-def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantizedModule]]:
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedModule):
-            yield name, module
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
@@ -172,7 +164,7 @@ def is_loaded(parameter: Tensor) -> bool:
     return parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
 
 
-def check_values(name: str, module: QuantizedModule) -> None:
+def check_values(name: str, module: FrozenWeight) -> None:
     """The tensors of a quantized module hold what the kernels rely on; those that device_map left on disk are read for
     the moment.
 
@@ -196,7 +188,7 @@ def check_values(name: str, module: QuantizedModule) -> None:
             _check_linear(name, module)
 
 
-def _in_memory(module: QuantizedModule) -> AbstractContextManager:
+def _in_memory(module: FrozenWeight) -> AbstractContextManager:
     if not module.weight_packed.is_meta:
         return nullcontext()
     from accelerate.utils import align_module_device

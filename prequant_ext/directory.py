@@ -20,7 +20,7 @@ from prequant_ext.glue import train
 from prequant_ext.glue.models import classifier_class, load_tokenizer, resolve_model
 from prequant_ext.glue.run import RunSettings
 from prequant_ext.glue.tasks import get_task, load_rows
-from prequant_ext.linear import PreQuantLinear
+from prequant_ext.linear import quantized_linears
 from prequant_ext.model import PlanRow, Report, plan, quantize_model
 from prequant_ext.pages.inspection import Inspection, inspect_float, inspect_quantized
 from prequant_ext.pages.model_page import model_page
@@ -250,7 +250,7 @@ def _load_quantized(name: str, task_file: Path | None, dtype: torch.dtype | None
     else:
         metadata, _ = read_task(task_file)
         model, _ = load_with_task(name, task_file, int(metadata.get("num_labels", own_config.num_labels)))
-    if not any(isinstance(module, PreQuantLinear) for module in model.modules()):
+    if not any(quantized_linears(model)):
         raise ValueError(f"{name} holds no PreQuant layers")
     return model
 

@@ -25,7 +25,8 @@ from torch.nn import functional
 
 from prequant_ext import ops
 from prequant_ext.embedding import PreQuantEmbedding
-from prequant_ext.linear import PreQuantLinear
+from prequant_ext.frozen import quantized_modules
+from prequant_ext.linear import PreQuantLinear, quantized_linears
 from prequant_ext.reference import container_bits
 from prequant_ext.sites import is_pretrained_model
 from prequant_ext.task_file import write_atomically
@@ -172,9 +173,8 @@ def exportable_(model: nn.Module) -> nn.Module:
 
 def weight_only_(model: nn.Module) -> nn.Module:
     """Make the quantized layers of ``model`` take float activations, as the file does. Returns ``model``."""
-    for module in model.modules():
-        if isinstance(module, PreQuantLinear):
-            module.activation_bits = None
+    for _, layer in quantized_linears(model):
+        layer.activation_bits = None
     return model
 
 
@@ -327,9 +327,7 @@ def export_onnx(model: Any, path: str | os.PathLike) -> OnnxFile:
         else difference(run_onnx(content, checked), expected)
     )
     write_atomically(target, content)
-    drops_activation_bits = any(
-        module.activation_bits is not None for module in model.modules() if isinstance(module, PreQuantLinear)
-    )
+    drops_activation_bits = any(layer.activation_bits is not None for _, layer in quantized_linears(model))
     return OnnxFile(len(content), tuple(traced), tuple(expected), drops_activation_bits, *figures)
 
 
@@ -345,7 +343,7 @@ def _require_exportable(model: Any) -> None:
     kind = type(model).__name__
     if not is_pretrained_model(model):
         raise ValueError(f"model must be a transformers model to be exported, got a {kind}")
-    quantized = [module for module in model.modules() if isinstance(module, PreQuantLinear | PreQuantEmbedding)]
+    quantized = [module for _, module in quantized_modules(model)]
     if not quantized:
         raise ValueError(
             f"model must be quantized (quantize_model) to be exported, got a {kind} without quantized layers"

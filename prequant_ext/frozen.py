@@ -2,7 +2,7 @@
 looks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -118,3 +118,10 @@ class FrozenWeight(nn.Module):
         stored = state_dict.get(f"{prefix}weight")
         if stored is not None and stored.dtype == torch.uint8:
             state_dict[f"{prefix}weight_packed"] = state_dict.pop(f"{prefix}weight")
+
+
+def quantized_modules(model: nn.Module) -> Iterator[tuple[str, FrozenWeight]]:
+    """The quantized layers and tables of ``model`` with their names, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenWeight):
+            yield name, module

@@ -1,6 +1,6 @@
 """PreQuantLinear: a frozen quantized weight and r trained outlier dimensions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from prequant_ext import ops, quantize
 from prequant_ext.config import PreQuantConfig
-from prequant_ext.frozen import FrozenWeight, empty_parameter, is_sharded, on_whole
+from prequant_ext.frozen import FrozenWeight, empty_parameter, is_sharded, on_whole, quantized_modules
 from prequant_ext.outliers import AXES
 from prequant_ext.reference import row_bytes
 
@@ -337,3 +337,10 @@ class PreQuantLinear(FrozenWeight):
             f"axis={self.axis}"
         ]
         return f"{parts[0]}, activations={activations}"
+
+
+def quantized_linears(model: nn.Module) -> Iterator[tuple[str, PreQuantLinear]]:
+    """The quantized linear layers of ``model`` with their names, in the model's order."""
+    for name, module in quantized_modules(model):
+        if isinstance(module, PreQuantLinear):
+            yield name, module

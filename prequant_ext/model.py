@@ -12,7 +12,7 @@ from prequant_ext import neighbours
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.embedding import PreQuantEmbedding
 from prequant_ext.families import Family
-from prequant_ext.frozen import FrozenWeight
+from prequant_ext.frozen import FrozenWeight, quantized_modules
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.quantize import quantize_matrix, quantize_table
 from prequant_ext.report import PlanRow, Report, ReportRow
@@ -265,16 +265,14 @@ def trainable_parameters(model: nn.Module, *, biases: bool = False, layer_norms:
     """
     require_quantized(model)
     names = _trainable_names(model, biases, layer_norms)
-    for name, module in model.named_modules():
+    for name, module in quantized_modules(model):
         frozen = {
             "weight_packed",
             "weight_zero_point",
             "outlier_dims",
             *(() if getattr(module, "train_scales", False) else ("weight_scale",)),
         }
-        chosen = (
-            [f"{name}.{own}" for own in frozen if f"{name}.{own}" in names] if isinstance(module, FrozenWeight) else []
-        )
+        chosen = [f"{name}.{own}" for own in frozen if f"{name}.{own}" in names]
         if chosen:
             raise ValueError(
                 f"{chosen[0]} belongs to the frozen base but also to the task head: exclude {name} with "
@@ -328,7 +326,7 @@ def _train_only(model: nn.Module, names: set[str]) -> None:
 
 def require_quantized(model: nn.Module) -> None:
     """Raises ValueError where no layer of ``model`` is quantized."""
-    if not any(isinstance(module, FrozenWeight) for module in model.modules()):
+    if not any(quantized_modules(model)):
         raise ValueError(f"{type(model).__name__} is not quantized: call quantize_model first")
 
 
@@ -336,8 +334,8 @@ def require_in_memory(model: nn.Module) -> None:
     """Raises ValueError naming a quantized layer without data: device_map has put it on disk, or on the CPU beside a
     GPU, and it is read at each use.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, FrozenWeight) and module.weight_scale.is_meta:
+    for name, module in quantized_modules(model):
+        if module.weight_scale.is_meta:
             raise ValueError(
                 f"{name} is offloaded, which serves inference alone: load the model without offloading "
                 "(device_map=None)"
@@ -356,10 +354,9 @@ def to_float(model: nn.Module) -> nn.Module:
     """
     require_quantized(model)
     require_in_memory(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, FrozenWeight):
-            layer = module.to_embedding() if isinstance(module, PreQuantEmbedding) else module.to_linear()  # type: ignore[operator]
-            model.set_submodule(name, layer.train(module.training))
+    for name, module in list(quantized_modules(model)):
+        layer = module.to_embedding() if isinstance(module, PreQuantEmbedding) else module.to_linear()  # type: ignore[operator]
+        model.set_submodule(name, layer.train(module.training))
     if is_pretrained_model(model):
         _callbacks().made_float(model)
     vars(model).pop("_prequant_family", None)

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from prequant_ext import model as models
 from prequant_ext.frozen import keeping_dtype
-from prequant_ext.linear import PreQuantLinear
+from prequant_ext.linear import PreQuantLinear, quantized_linears
 from prequant_ext.row_tasks import BASE_NAME
 from prequant_ext.task_file import fingerprint, read_task, write_atomically, write_task
 
@@ -169,7 +169,7 @@ class PreQuantColumnsModel(BaseTuner):
             raise ValueError(
                 f"the adapter was trained on the base {config.base_fingerprint} but the model's base is {base}"
             )
-        layers = [module for module in self.model.modules() if isinstance(module, PreQuantLinear)]
+        layers = [layer for _, layer in quantized_linears(self.model)]
         if not any(layer.r > 0 for layer in layers):
             raise ValueError(
                 "model must have outlier dimensions to adapt (r > 0); the scales of train_scales=True are tasks of "

@@ -6,7 +6,7 @@ from torch import nn
 
 from prequant_ext.distributed import check_strategy
 from prequant_ext.guards import memory_guard, nan_guard
-from prequant_ext.linear import PreQuantLinear
+from prequant_ext.linear import quantized_linears
 from prequant_ext.model import require_in_memory, trainable_parameters
 from prequant_ext.sites import is_pretrained_model
 
@@ -50,10 +50,9 @@ def prepare_model(
         model.activation_checkpointing_enable({"use_reentrant": use_reentrant})  # type: ignore[operator]
         model.config.use_cache = False  # type: ignore[union-attr]
     if sharded:
-        for module in model.modules():
-            if isinstance(module, PreQuantLinear):
-                module.stays_canonical = True
-                module.unprepack_()
+        for _, layer in quantized_linears(model):
+            layer.stays_canonical = True
+            layer.unprepack_()
     if guard_nan:
         nan_guard(model)
     if guard_memory:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prequant_ext.frozen import is_sharded
-from prequant_ext.linear import PreQuantLinear
+from prequant_ext.linear import PreQuantLinear, quantized_linears
 
 BASE_NAME = "__base__"  # in task_names, as None: no task may be called so
 
@@ -50,7 +50,7 @@ class RowTasks:
             }:
                 units.append(name)
                 self.handles.append(module.register_forward_hook(functools.partial(self._run_head, name)))
-        self.layers = [module for module in model.modules() if isinstance(module, PreQuantLinear)]
+        self.layers = [layer for _, layer in quantized_linears(model)]
 
     def remove(self) -> None:
         """Take the hooks away: the model has no tasks any more."""

@@ -9,7 +9,7 @@ from torch import nn
 from prequant_ext.blocks import bits_by_block, block_holding, block_lists, blocks_of, ends_with, is_part_of
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.families import FAMILIES, UNKNOWN, Family
-from prequant_ext.frozen import FrozenWeight
+from prequant_ext.frozen import quantized_modules
 from prequant_ext.linear import is_conv1d
 from prequant_ext.outliers import check_r
 from prequant_ext.quantize import scale_shape
@@ -82,7 +82,7 @@ def survey(
         raise TypeError(f"family must be a Family, got {type(family).__name__}")
     if type(model) is nn.Linear or is_conv1d(model):
         raise ValueError("model is a single layer: use PreQuantLinear.from_linear(layer, config, axis=...)")
-    quantized = [name for name, module in model.named_modules() if isinstance(module, FrozenWeight)]
+    quantized = [name for name, _ in quantized_modules(model)]
     if quantized:
         raise ValueError(
             f"{type(model).__name__} is already quantized ({quantized[0]} and {len(quantized) - 1} more); "

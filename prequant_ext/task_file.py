@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from prequant_ext.checkpoint import default_mode
 from prequant_ext.config import FORMAT_VERSION
-from prequant_ext.embedding import PreQuantEmbedding
-from prequant_ext.frozen import whole
+from prequant_ext.frozen import FrozenWeight, quantized_modules, whole
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import head_parameter_names
 
@@ -33,12 +32,6 @@ def check_task_name(name: str) -> str:
     if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
         raise ValueError(f"task name must match {NAME_PATTERN.pattern}, got {name!r}")
     return name
-
-
-def _quantized_modules(model: nn.Module) -> Iterator[tuple[str, PreQuantLinear | PreQuantEmbedding]]:
-    for name, module in model.named_modules():
-        if isinstance(module, PreQuantLinear | PreQuantEmbedding):
-            yield name, module
 
 
 # model -> what its base was when it was hashed, and the hash. No attribute: a model is copied and pickled with those.
@@ -74,7 +67,7 @@ def fingerprint(model: nn.Module) -> str:
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     modules = sorted(
-        (name.removeprefix(prefix).removesuffix(WRAPPED), module) for name, module in _quantized_modules(model)
+        (name.removeprefix(prefix).removesuffix(WRAPPED), module) for name, module in quantized_modules(model)
     )
     if not modules:
         raise ValueError(
@@ -92,7 +85,7 @@ def fingerprint(model: nn.Module) -> str:
     return known
 
 
-def _base_tensors(module: PreQuantLinear | PreQuantEmbedding) -> dict[str, nn.Parameter]:
+def _base_tensors(module: FrozenWeight) -> dict[str, nn.Parameter]:
     """What of a quantized module belongs to the base, in the order in which it is hashed."""
     names = {"weight_packed", "weight_scale", "weight_zero_point"}
     names |= {"outlier_dims"} if isinstance(module, PreQuantLinear) else set()
@@ -100,7 +93,7 @@ def _base_tensors(module: PreQuantLinear | PreQuantEmbedding) -> dict[str, nn.Pa
     return {name: getattr(module, name) for name in sorted(names)}
 
 
-def _hash_of(modules: Sequence[tuple[str, PreQuantLinear | PreQuantEmbedding]]) -> str:
+def _hash_of(modules: Sequence[tuple[str, FrozenWeight]]) -> str:
     digest = hashlib.sha256(f"prequant {FORMAT_VERSION}".encode())
     for name, module in modules:
         kind = f"linear {module.bits} {module.axis}" if isinstance(module, PreQuantLinear) else "embedding"
@@ -120,7 +113,7 @@ def task_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises ValueError for a model that PEFT has wrapped: its adapters are the tasks.
     """
     names = set(head_parameter_names(model))
-    for name, module in _quantized_modules(model):
+    for name, module in quantized_modules(model):
         if name.endswith(WRAPPED):
             raise ValueError(
                 f"model is wrapped by PEFT ({name}), whose adapters are its tasks: use add_adapter, set_adapter, "

@@ -10,7 +10,7 @@ from prequant_ext.baselines.matrices import matrices_of
 from prequant_ext.baselines.options import Options
 from prequant_ext.baselines.prequant import quantize, trainables
 from prequant_ext.config import PreQuantConfig
-from prequant_ext.linear import PreQuantLinear
+from prequant_ext.linear import quantized_linears
 from prequant_ext.outliers import jaccard
 
 __all__ = ["L1Distance", "overlap", "prepare", "trainables"]
@@ -54,4 +54,4 @@ def overlap(model: nn.Module, other: nn.Module) -> dict[str, float]:
 
 
 def _outlier_dims(model: nn.Module) -> dict[str, Tensor]:
-    return {name: module.outlier_dims for name, module in model.named_modules() if isinstance(module, PreQuantLinear)}
+    return {name: layer.outlier_dims for name, layer in quantized_linears(model)}

@@ -11,7 +11,7 @@ from torch import nn
 
 from prequant_ext.baselines.lora import LowRankLinear, trainables
 from prequant_ext.baselines.options import Options
-from prequant_ext.linear import PreQuantLinear
+from prequant_ext.linear import quantized_linears
 from prequant_ext.model import quantize_model
 
 __all__ = ["prepare", "trainables"]
@@ -19,6 +19,5 @@ __all__ = ["prepare", "trainables"]
 
 def prepare(model: nn.Module, options: Options) -> None:
     quantize_model(model, dataclasses.replace(options.config, r=0))
-    for name, module in list(model.named_modules()):
-        if isinstance(module, PreQuantLinear):
-            model.set_submodule(name, LowRankLinear(module, module.out_features, module.in_features, options.rank))
+    for name, layer in list(quantized_linears(model)):
+        model.set_submodule(name, LowRankLinear(layer, layer.out_features, layer.in_features, options.rank))

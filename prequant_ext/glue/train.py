@@ -40,7 +40,7 @@ from prequant_ext.glue.trainer import (
     load_trained,
     trained_tensors,
 )
-from prequant_ext.linear import PreQuantLinear
+from prequant_ext.linear import quantized_linears
 from prequant_ext.model import quantize_model
 
 CALIBRATION_ROWS, CALIBRATION_BATCH = 64, 16  # the first rows of the training data
@@ -256,7 +256,7 @@ def _result_of_first(run: _Run, first: RunResult) -> RunResult:
 
 
 def _quantization_error(model: torch.nn.Module) -> float | None:
-    errors = [module.squared_error for module in model.modules() if isinstance(module, PreQuantLinear)]
+    errors = [layer.squared_error for _, layer in quantized_linears(model)]
     return math.sqrt(sum(error for error in errors if error is not None)) if errors and None not in errors else None
 
 

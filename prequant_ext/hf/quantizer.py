@@ -26,8 +26,9 @@ from transformers.quantizers import HfQuantizer
 from prequant_ext import checkpoint, quantize
 from prequant_ext.distributed import check_strategy
 from prequant_ext.embedding import PreQuantEmbedding
+from prequant_ext.frozen import quantized_modules
 from prequant_ext.hf.config import PreQuantHfConfig
-from prequant_ext.linear import PreQuantLinear
+from prequant_ext.linear import PreQuantLinear, quantized_linears
 from prequant_ext.model import empty_layer, freeze_base, to_float
 from prequant_ext.reference import container_bits
 from prequant_ext.sites import Site, find_sites
@@ -45,7 +46,7 @@ class PackedRenaming(WeightRenaming):
     @classmethod
     def of(cls, model: PreTrainedModel) -> "list[PackedRenaming]":
         prefix = f"{model.base_model_prefix}."
-        names = [name.removeprefix(prefix) for name, _ in checkpoint.quantized_modules(model)]
+        names = [name.removeprefix(prefix) for name, _ in quantized_modules(model)]
         if not names:
             return []
         # Names in full, with and without the base model's prefix (the loader adds or strips it afterwards). No "$": it
@@ -228,7 +229,7 @@ class PreQuantHfQuantizer(HfQuantizer):
                 if self.pre_quantized:
                     raise ValueError(f"the quantized checkpoint has no {name}.bias, which {type(model).__name__} needs")
                 nn.init.zeros_(bias)  # what transformers' own initialisation would do; it passes over our class
-        for name, module in checkpoint.quantized_modules(model):
+        for name, module in quantized_modules(model):
             checkpoint.check_values(name, module)
             if isinstance(module, PreQuantLinear):
                 module.prepack_()
@@ -260,7 +261,7 @@ class PreQuantHfQuantizer(HfQuantizer):
         """Called before the config is written: the moment to note the model's dtype. What this returns is saved: the
         ``state_dict`` that save_pretrained was given, or None for the model's own.
         """
-        linears = [module for _, module in checkpoint.quantized_modules(model) if isinstance(module, PreQuantLinear)]
+        linears = [module for _, module in quantized_linears(model)]
         if all(container_bits(module.bits) == 8 for module in linears):
             warn(
                 "every matrix is stored in 8 bits a weight, which is the shape of the float one: a program that opens "

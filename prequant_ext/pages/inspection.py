@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prequant_ext.bit_allocation import Sensitivity, sensitivity
 from prequant_ext.blocks import Block, block_holding, blocks_of
 from prequant_ext.config import PreQuantConfig
-from prequant_ext.linear import PreQuantLinear, is_conv1d
+from prequant_ext.linear import PreQuantLinear, is_conv1d, quantized_linears
 from prequant_ext.model import quantize_model
 from prequant_ext.outliers import AXES
 from prequant_ext.report import Report, ReportRow
@@ -100,7 +100,7 @@ def _matrices(
     family = family_of(model)
     blocks = {block.name: block for block in blocks_of(model, family)}
     rows = {row.name: row for row in report.rows if row.kind == "linear"}
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PreQuantLinear)}
+    layers = dict(quantized_linears(model))
     differing = sorted(
         {(name, row.shape) for name, row in rows.items()} ^ {(name, layer.shape) for name, layer in layers.items()}
     )
