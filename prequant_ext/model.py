@@ -16,7 +16,16 @@ from prequant_ext.frozen import FrozenWeight, quantized_modules
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.quantize import quantize_matrix, quantize_table
 from prequant_ext.report import PlanRow, Report, ReportRow
-from prequant_ext.sites import Site, Uncovered, family_of, find_sites, head_names, is_pretrained_model, survey
+from prequant_ext.sites import (
+    Site,
+    Uncovered,
+    family_of,
+    find_sites,
+    head_names,
+    is_pretrained_model,
+    names_outside_base,
+    survey,
+)
 from prequant_ext.strictness import warn
 
 __all__ = [
@@ -297,7 +306,7 @@ def freeze_base(model: nn.Module) -> None:
 
 def _trainable_names(model: nn.Module, biases: bool = False, layer_norms: bool = False) -> set[str]:
     names = set(head_parameter_names(model))
-    in_lm_head = set(_outside_base(model)) - names
+    in_lm_head = set(names_outside_base(model)) - names
     for name, module in model.named_modules():
         own = {own_name for own_name, _ in module.named_parameters(recurse=False)}
         chosen: set[str] = set()
@@ -310,13 +319,6 @@ def _trainable_names(model: nn.Module, biases: bool = False, layer_norms: bool =
             chosen |= own
         names |= {f"{name}.{own_name}".lstrip(".") for own_name in chosen} - in_lm_head
     return names
-
-
-def _outside_base(model: Any) -> list[str]:
-    if not is_pretrained_model(model):
-        return []
-    in_base = {id(parameter) for parameter in model.base_model.parameters()}
-    return [name for name, parameter in model.named_parameters() if id(parameter) not in in_base]
 
 
 def _train_only(model: nn.Module, names: set[str]) -> None:

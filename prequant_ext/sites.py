@@ -127,16 +127,23 @@ def is_pretrained_model(model: nn.Module) -> bool:
     return modeling is not None and isinstance(model, modeling.PreTrainedModel)
 
 
+def names_outside_base(model: nn.Module) -> list[str]:
+    """Parameters outside a transformers model's base; any other model is all base."""
+    if not is_pretrained_model(model):
+        return []
+    in_base = {id(parameter) for parameter in model.base_model.parameters()}  # type: ignore[union-attr]
+    return [name for name, parameter in model.named_parameters() if id(parameter) not in in_base]
+
+
 def head_names(model: nn.Module, family: Family) -> list[str]:
     """Parameters of the task head: those outside a transformers model's base, and the family's heads; language-model
     heads are none.
     """
-    base = model.base_model if is_pretrained_model(model) else model
-    in_base = {id(parameter) for parameter in base.parameters()}  # type: ignore[union-attr]
+    outside_base = set(names_outside_base(model))
     lm_heads = _lm_head_names(model, family)
     names = []
-    for name, parameter in model.named_parameters():
-        is_outside = id(parameter) not in in_base and not any(is_part_of(name, part) for part in family.frozen)
+    for name, _ in model.named_parameters():
+        is_outside = name in outside_base and not any(is_part_of(name, part) for part in family.frozen)
         is_head = is_outside or any(is_part_of(name, part) for part in family.heads)
         if is_head and not any(is_part_of(name, part) for part in lm_heads):
             names.append(name)
