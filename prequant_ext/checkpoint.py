@@ -179,7 +179,7 @@ def check_values(name: str, module: FrozenWeight) -> None:
         ):
             _require_dtype(f"{name}.{parameter_name}", getattr(module, parameter_name), dtype)
         scale = module.weight_scale.detach()
-        is_trained = getattr(module, "train_scales", False)  # a trained scale may have crossed zero
+        is_trained = "weight_scale" in module.trained_names  # a trained scale may have crossed zero
         if not bool(torch.isfinite(scale).all() if is_trained else ((scale > 0) & torch.isfinite(scale)).all()):
             raise ValueError(
                 f"{name}.weight_scale must be {'finite' if is_trained else 'positive and finite'}, got {_range(scale)}"

@@ -71,6 +71,11 @@ class FrozenWeight(nn.Module):
     weight_scale: nn.Parameter
     weight_zero_point: nn.Parameter
 
+    @property
+    def trained_names(self) -> tuple[str, ...]:
+        """Its parameters that each task trains; all others are the frozen base."""
+        return ()
+
     def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.compute_dtype = torch.get_default_dtype() if dtype is None else dtype

@@ -134,6 +134,10 @@ class PreQuantLinear(FrozenWeight):
         layer.load_quantized(quantized, bias)
         return layer
 
+    @property
+    def trained_names(self) -> tuple[str, ...]:
+        return ("weight_scale",) if self.train_scales else ("outlier_weight",) if self.r else ()
+
     def load_quantized(self, quantized: "quantize.QuantizedMatrix", bias: Tensor | None) -> None:
         """Take over the tensors of a quantized matrix; which parameters are trained stays as it was."""
         self.unprepack_()

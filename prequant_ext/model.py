@@ -275,13 +275,8 @@ def trainable_parameters(model: nn.Module, *, biases: bool = False, layer_norms:
     require_quantized(model)
     names = _trainable_names(model, biases, layer_norms)
     for name, module in quantized_modules(model):
-        frozen = {
-            "weight_packed",
-            "weight_zero_point",
-            "outlier_dims",
-            *(() if getattr(module, "train_scales", False) else ("weight_scale",)),
-        }
-        chosen = [f"{name}.{own}" for own in frozen if f"{name}.{own}" in names]
+        frozen = {"weight_packed", "weight_scale", "weight_zero_point", "outlier_dims"}.difference(module.trained_names)
+        chosen = sorted(f"{name}.{own}" for own in frozen if f"{name}.{own}" in names)
         if chosen:
             raise ValueError(
                 f"{chosen[0]} belongs to the frozen base but also to the task head: exclude {name} with "
@@ -311,8 +306,8 @@ def _trainable_names(model: nn.Module, biases: bool = False, layer_norms: bool =
         own = {own_name for own_name, _ in module.named_parameters(recurse=False)}
         chosen: set[str] = set()
         is_norm = "norm" in type(module).__name__.lower()
-        if isinstance(module, PreQuantLinear):
-            chosen |= {"weight_scale"} if module.train_scales else {"outlier_weight"} if module.r else set()
+        if isinstance(module, FrozenWeight):
+            chosen.update(module.trained_names)
         if biases and not is_norm:
             chosen |= own & {"bias"}
         if layer_norms and is_norm:

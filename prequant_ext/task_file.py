@@ -87,9 +87,8 @@ def fingerprint(model: nn.Module) -> str:
 
 def _base_tensors(module: FrozenWeight) -> dict[str, nn.Parameter]:
     """What of a quantized module belongs to the base, in the order in which it is hashed."""
-    names = {"weight_packed", "weight_scale", "weight_zero_point"}
+    names = {"weight_packed", "weight_scale", "weight_zero_point"} - set(module.trained_names)
     names |= {"outlier_dims"} if isinstance(module, PreQuantLinear) else set()
-    names -= {"weight_scale"} if getattr(module, "train_scales", False) else set()
     return {name: getattr(module, name) for name in sorted(names)}
 
 
@@ -119,11 +118,7 @@ def task_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
                 f"model is wrapped by PEFT ({name}), whose adapters are its tasks: use add_adapter, set_adapter, "
                 "save_pretrained; or unload() it first"
             )
-        if isinstance(module, PreQuantLinear):
-            if module.r > 0:
-                names.add(f"{name}.outlier_weight")
-            if module.train_scales:
-                names.add(f"{name}.weight_scale")
+        names.update(f"{name}.{own}" for own in module.trained_names)
     return {name: parameter for name, parameter in model.named_parameters() if name in names}
 
 
