@@ -127,6 +127,11 @@ def is_pretrained_model(model: nn.Module) -> bool:
     return modeling is not None and isinstance(model, modeling.PreTrainedModel)
 
 
+def without_base_prefix(model: nn.Module, name: str) -> str:
+    """``name`` as a bare base model calls it: a task model puts a prefix before the names of its base."""
+    return name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
+
+
 def names_outside_base(model: nn.Module) -> list[str]:
     """Parameters outside a transformers model's base; any other model is all base."""
     if not is_pretrained_model(model):

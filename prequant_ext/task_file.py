@@ -21,6 +21,7 @@ from prequant_ext.config import FORMAT_VERSION
 from prequant_ext.frozen import FrozenWeight, quantized_modules, whole
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import head_parameter_names
+from prequant_ext.sites import without_base_prefix
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RESERVED_METADATA = ("format_version", "base_fingerprint", "name")
@@ -65,9 +66,8 @@ def fingerprint(model: nn.Module) -> str:
 
     Raises ValueError if the model has no quantized module.
     """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     modules = sorted(
-        (name.removeprefix(prefix).removesuffix(WRAPPED), module) for name, module in quantized_modules(model)
+        (without_base_prefix(model, name).removesuffix(WRAPPED), module) for name, module in quantized_modules(model)
     )
     if not modules:
         raise ValueError(

@@ -31,7 +31,7 @@ from prequant_ext.hf.config import PreQuantHfConfig
 from prequant_ext.linear import PreQuantLinear, quantized_linears
 from prequant_ext.model import empty_layer, freeze_base, to_float
 from prequant_ext.reference import container_bits
-from prequant_ext.sites import Site, find_sites
+from prequant_ext.sites import Site, find_sites, without_base_prefix
 from prequant_ext.strictness import warn
 
 # a table has the first three
@@ -131,7 +131,7 @@ class PreQuantHfQuantizer(HfQuantizer):
             model._prequant_family = stored.family
         sites = find_sites(model, stored.config, stored.family, allow_unmatched=self.pre_quantized)
         self.sites = {
-            site.name: site for site in sites if _without_prefix(model, site.name) not in stored.float_modules
+            site.name: site for site in sites if without_base_prefix(model, site.name) not in stored.float_modules
         }
         # "auto" is settled only once the modules are in place
         if not self.pre_quantized and isinstance(device_map, Mapping):
@@ -220,7 +220,9 @@ class PreQuantHfQuantizer(HfQuantizer):
             self._put_fresh_layer(model, name)
         if absent:
             self.quantization_config.float_modules = tuple(
-                sorted({*self.quantization_config.float_modules, *(_without_prefix(model, name) for name in absent)})
+                sorted(
+                    {*self.quantization_config.float_modules, *(without_base_prefix(model, name) for name in absent)}
+                )
             )
             warn(f"absent from the checkpoint, now freshly initialised float layers: {checkpoint.some(absent)}")
         for name in self.sites.keys() - set(absent):
@@ -303,10 +305,6 @@ class PreQuantHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def _without_prefix(model: PreTrainedModel, name: str) -> str:
-    return name.removeprefix(f"{model.base_model_prefix}.")
 
 
 def _by_name_in_memory(

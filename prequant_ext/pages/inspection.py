@@ -20,7 +20,7 @@ from prequant_ext.linear import PreQuantLinear, is_conv1d, quantized_linears
 from prequant_ext.model import quantize_model
 from prequant_ext.outliers import AXES
 from prequant_ext.report import Report, ReportRow
-from prequant_ext.sites import family_of, role_of
+from prequant_ext.sites import family_of, role_of, without_base_prefix
 from prequant_ext.task_file import fingerprint, read_task
 
 BINS = 121  # of a histogram of float weights
@@ -298,13 +298,11 @@ def task_changes(inspection: Inspection, paths: Sequence[Path]) -> list[TaskChan
 def _change(
     inspection: Inspection, path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> TaskChange:
-    # which a task model puts before the names of its backbone
-    prefix = f"{getattr(inspection.model, 'base_model_prefix', '')}."
-    by_name = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    by_name = {without_base_prefix(inspection.model, name): tensor for name, tensor in tensors.items()}
     norms, base_norms = [], []
     for matrix in inspection.matrices:
         original = matrix.layer.outlier_weight.detach()
-        name = f"{matrix.row.name.removeprefix(prefix)}.outlier_weight"
+        name = f"{without_base_prefix(inspection.model, matrix.row.name)}.outlier_weight"
         tuned = by_name.get(name) if matrix.layer.r else original  # of no outlier dimensions nothing is stored
         if tuned is None or tuned.shape != original.shape:
             found = "has none" if tuned is None else f"has shape {tuple(tuned.shape)}"
