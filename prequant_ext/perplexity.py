@@ -3,12 +3,17 @@ score.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from prequant_ext.directory import CAUSAL_LM_HEADS, load_tokenizer, model_config, own_class, resolve_model
+from prequant_ext.task import load_task
 
 # at most: a window of all positions of a long-context model would take the memory of their square
 DEFAULT_MAX_LENGTH = 2048
@@ -137,3 +142,70 @@ def _checked_tokens(model: nn.Module, tokens: Tensor | Sequence[int]) -> Tensor:
             "another tokenizer?"
         )
     return ids.long().cpu()
+
+
+# ---- model directories -----------------------------------------------------------------------------------------------
+
+
+def language_model(name: str, task_file: Path | None) -> tuple[PreTrainedModel, Any]:
+    """(model, tokenizer) of a causal language model, float or quantized, with a task in it where a file is named.
+
+    Raises FileNotFoundError where there is none, or no tokenizer beside it; ValueError where it is another kind of
+    model, or as load_task.
+    """
+    path = resolve_model(name)
+    own_config = model_config(path)
+    architecture = next(iter(own_config.architectures or ()), "none")
+    if not architecture.endswith(CAUSAL_LM_HEADS):
+        raise ValueError(
+            f"{name} must be a causal language model, but its config.json names the architecture {architecture}"
+        )
+    tokenizer = load_tokenizer(path)
+    model = own_class(own_config).from_pretrained(path)
+    if task_file is not None:
+        load_task(model, task_file)
+    return model, tokenizer
+
+
+def perplexities(
+    name: str,
+    task_file: Path | None,
+    other: str | None,
+    text_file: Path,
+    max_length: int | None,
+    stride: int | None,
+    max_tokens: int | None,
+) -> dict[str, Any]:
+    """Perplexity of the model ``name`` on a text, of the model ``other`` beside it, and over which windows.
+    ``max_tokens``: only the first of the text.
+
+    Raises ValueError where the two take the text for different tokens: perplexities are per token, and would not
+    compare.
+    """
+    try:
+        text = text_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text_file} must be a text in UTF-8: {error}") from error
+    model, tokenizer = language_model(name, task_file)
+    tokens = tokenizer(text)["input_ids"][:max_tokens]
+    max_length, stride = window_sizes(model, max_length, stride)
+    losses = token_losses(model, tokens, max_length=max_length, stride=stride)
+    result: dict[str, Any] = {
+        "model": name,
+        "perplexity": exp_mean(losses),
+        "predicted_tokens": len(losses),
+        "max_length": max_length,
+        "stride": stride,
+    }
+    if other is not None:
+        del model  # one at a time in memory
+        model, tokenizer = language_model(other, None)
+        if tokenizer(text)["input_ids"][:max_tokens] != tokens:
+            raise ValueError(
+                f"{name} and {other} must have the same tokenizer, but make different tokens of {text_file}"
+            )
+        result["compared"] = {
+            "model": other,
+            "perplexity": exp_mean(token_losses(model, tokens, max_length=max_length, stride=stride)),
+        }
+    return result

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from prequant_ext.sites import BY_INTENT, Uncovered
 
+PLAN_TITLES = ("module", "shape", "axis", "bits", "r", "trained", "kB")
 LOW_COVERAGE = 0.5  # of the weights that neither the method nor the user meant to leave float
 
 
@@ -158,6 +159,22 @@ def table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
         )
         lines.append("  ".join([first, *rest]).rstrip())
     return "\n".join(lines)
+
+
+def plan_table(plan_rows: Sequence[PlanRow]) -> tuple[Sequence[str], list[Sequence[str]], str]:
+    """Titles, rows and caption for console.show."""
+    rows: list[Sequence[str]] = []
+    for row in plan_rows:
+        shape, size = f"{row.shape[0]} x {row.shape[1]}", f"{row.bytes / 1e3:,.1f}"
+        rows.append(
+            (row.name, shape, row.axis or "-", str(row.bits), str(row.outlier_slices), f"{row.trainable:,}", size)
+        )
+    trained, total = sum(row.trainable for row in plan_rows), sum(row.bytes for row in plan_rows)
+    return (
+        PLAN_TITLES,
+        rows,
+        f"{len(rows)} modules, {total / 1e6:,.2f} MB, {trained:,} outlier weights or scales to train",
+    )
 
 
 def grouped(uncovered: Sequence[Uncovered]) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from prequant_ext.cli.console import FAILED, exit_codes, quiet_libraries, say
 from prequant_ext.cli.options import Data, DataDir, Overwrite, Source, refuse_existing
 from prequant_ext.study.experiments import ERROR_MAP, EXPERIMENTS
 from prequant_ext.study.runner import SEARCHES
+
+if TYPE_CHECKING:  # pages and figures take seconds to import
+    from prequant_ext.study.page import Study
 
 SEARCH_HELP = (
     "of learning rates: for each row and task; once a method; or quick, none, and only the first task and "
@@ -60,21 +63,55 @@ def experiment(
     """
     with exit_codes():
         quiet_libraries()
-        from prequant_ext import directory
+        from prequant_ext.study.error_map import measure_errors
+        from prequant_ext.study.planning import plan_experiment
 
         how = "quick" if quick else search.value
         if name.value == ERROR_MAP:
-            directory.measure_errors(model, out)
+            measure_errors(model, out)
             return say(f"wrote {out / 'fig4.json'}; prequant report draws it")
-        study, path = directory.plan_experiment(
+        study, path = plan_experiment(
             name.value, model, tasks, seeds, how, data.value, data_dir, epochs, max_train, rates
         )
         if only_list:
-            return directory.list_experiment(study, out, jobs)
-        failed = directory.run_experiment(study, path, out, data_dir, threads, jobs, processes)
+            return list_experiment(study, out, jobs)
+        failed = run_experiment(study, path, out, data_dir, threads, jobs, processes)
         if failed:
             say(f"{len(failed)} runs failed; the same command tries them again")
             raise typer.Exit(FAILED)
+
+
+def list_experiment(study: "Study", out: Path, jobs: int) -> None:
+    """Print the runs that are missing and can start."""
+    from prequant_ext.study.page import RUNS_FILE
+    from prequant_ext.study.runner import progress, read_runs, scores_of
+
+    finished = study.own(read_runs(out / RUNS_FILE))
+    done, possible = set(scores_of(finished)), {run.identity: run for run in study.plan.possible(finished)}
+    for key, run in possible.items():
+        if key not in done:
+            print(run.describe())
+    say(f"{progress(study.plan, finished, jobs)}; the list has those that can start now")
+
+
+def run_experiment(
+    study: "Study", path: str, out: Path, data_dir: str | None, threads: int, jobs: int, processes: int
+) -> list[str]:
+    """Run what is missing, then print the table and write it to OUT/NAME.md; what failed comes back as messages.
+    ``path``: the model's folder.
+    """
+    from prequant_ext.study.page import RUNS_FILE
+    from prequant_ext.study.runner import read_runs, run_all
+    from prequant_ext.task_file import write_atomically
+
+    out.mkdir(parents=True, exist_ok=True)
+    shown = study.joined(out)
+    shown.write(out)
+    failed = run_all(study.plan, out / RUNS_FILE, path, data_dir, threads, jobs, say, processes)
+    table = shown.table(read_runs(out / RUNS_FILE))
+    write_atomically(out / f"{study.name}.md", table.encode())
+    print(table, end="")
+    return failed
 
 
 @app.command(epilog="Example: prequant report runs -o report.html")
@@ -89,7 +126,7 @@ def report(
     with exit_codes():
         refuse_existing(out, overwrite)
         quiet_libraries()
-        from prequant_ext import directory
+        from prequant_ext.study.page import write_report
 
-        directory.write_report(runs, out)
+        write_report(runs, out)
         say(f"wrote {out}")

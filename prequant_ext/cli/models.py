@@ -166,6 +166,8 @@ def inspect(
             refuse_existing(out, overwrite)
         quiet_libraries()
         from prequant_ext import directory
+        from prequant_ext.pages.inspection import inspected, proposed
+        from prequant_ext.pages.model_page import write_model_page
 
         is_quantized = directory.is_quantized_directory(model)
         if is_quantized and (dry_run or config != PreQuantConfig()):
@@ -176,10 +178,10 @@ def inspect(
             return _show_plan(model, config, as_json)
         proposal = None
         if out is not None or limits is not None:
-            inspection = directory.inspected(model, config)
-            report, proposal = inspection.report, directory.proposed(inspection, limits)
+            inspection = inspected(model, config)
+            report, proposal = inspection.report, proposed(inspection, limits)
             if out is not None:
-                directory.write_model_page(inspection, proposal, task_file or [], runs, out)
+                write_model_page(inspection, proposal, task_file or [], runs, out)
         else:
             report = directory.stored_report(model) if is_quantized else directory.quantized(model, config)[2]
         if as_json:
@@ -201,12 +203,13 @@ def inspect(
 
 def _show_plan(model: str, config: PreQuantConfig, as_json: bool) -> None:
     from prequant_ext import directory
+    from prequant_ext.report import plan_table
 
     rows = directory.plan_of(model, config)
     if as_json:
         show_json({"model": model, "config": config.to_dict(), "plan": [dataclasses.asdict(row) for row in rows]})
     else:
-        show(*directory.plan_table(rows))
+        show(*plan_table(rows))
 
 
 @app.command(epilog="Example: prequant merge base --task-file tasks/sst2.task -o sst2-float")

@@ -39,9 +39,9 @@ def perplexity(
     """
     with exit_codes():
         quiet_libraries()
-        from prequant_ext import directory
+        from prequant_ext.perplexity import perplexities
 
-        result = directory.perplexities(model, task_file, compare, text, max_length, stride, max_tokens)
+        result = perplexities(model, task_file, compare, text, max_length, stride, max_tokens)
         if as_json:
             return show_json(result | {"text": str(text), "task_file": None if task_file is None else str(task_file)})
         rows = [(model if task_file is None else f"{model} with {task_file}", f"{result['perplexity']:,.3f}")]

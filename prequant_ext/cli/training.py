@@ -56,8 +56,8 @@ def finetune(
     """
     with exit_codes():
         quiet_libraries()
+        from prequant_ext.directory import resolve_model
         from prequant_ext.glue import train
-        from prequant_ext.glue.models import resolve_model
         from prequant_ext.glue.run import RunSettings
 
         refuse_existing(out / f"{task.value}.task" if method == Method.prequant else out, overwrite)
@@ -136,9 +136,9 @@ def evaluate(
     """Score a fine-tuned model on the validation rows."""
     with exit_codes():
         quiet_libraries()
-        from prequant_ext import directory
+        from prequant_ext.glue.evaluation import evaluate_directory
 
-        scores, length = directory.evaluate_directory(model, task.value, task_file, data_dir, data.value, max_length)
+        scores, length = evaluate_directory(model, task.value, task_file, data_dir, data.value, max_length)
         if as_json:
             show_json(
                 {

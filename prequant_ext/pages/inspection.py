@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prequant_ext.bit_allocation import Sensitivity, sensitivity
+from prequant_ext.bit_allocation import Proposal, Sensitivity, propose_layer_bits, sensitivity
 from prequant_ext.blocks import Block, block_holding, blocks_of
 from prequant_ext.config import PreQuantConfig
+from prequant_ext.directory import float_model, is_quantized_directory, model_config, own_class, stored_report
 from prequant_ext.linear import PreQuantLinear, is_conv1d, quantized_linears
 from prequant_ext.model import quantize_model
 from prequant_ext.outliers import AXES
@@ -24,6 +25,8 @@ from prequant_ext.sites import family_of, role_of, without_base_prefix
 from prequant_ext.task_file import fingerprint, read_task
 
 BINS = 121  # of a histogram of float weights
+# of a page's proposal: half-way between 2 and 4 bits, where blocks are told apart
+DEFAULT_BUDGET = {"bits_per_weight": 3.0}
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,33 @@ def inspect_quantized(name: str, model: Any, report: Report) -> Inspection:
     return Inspection(
         name, model, model.config.quantization_config.config, report, tuple(_matrices(model, report, {}, {})), None
     )
+
+
+def inspected(name: str, config: PreQuantConfig) -> Inspection:
+    """A quantized directory with its stored report, or a float model, measured and quantized in memory. Raises as
+    stored_report and inspect_float.
+    """
+    if not is_quantized_directory(name):
+        return inspect_float(name, float_model(name), config)
+    report = stored_report(name)
+    return inspect_quantized(name, own_class(model_config(name)).from_pretrained(name), report)
+
+
+def proposed(inspection: Inspection, budget: Mapping[str, float] | None) -> Proposal | None:
+    """Bits of blocks within ``budget`` (of propose_layer_bits). Without one DEFAULT_BUDGET, or None where nothing can
+    be proposed.
+
+    Raises ValueError as propose_layer_bits, and for a budget where there are no float weights.
+    """
+    if inspection.measured is None:
+        if budget is not None:
+            raise ValueError(
+                f"--budget needs float weights, to measure other widths, but {inspection.name} is quantized already"
+            )
+        return None
+    if budget is None and any(matrix.block is None for matrix in inspection.measured.matrices):
+        return None
+    return propose_layer_bits(inspection.measured, **(DEFAULT_BUDGET if budget is None else budget))
 
 
 def _matrices(

@@ -24,6 +24,7 @@ from prequant_ext.pages.inspection import (
 )
 from prequant_ext.report import grouped
 from prequant_ext.study.page import sections as run_sections
+from prequant_ext.task_file import write_atomically
 
 RANKED = 15  # dimensions in the table of those that recur most
 # with their defaults, too
@@ -50,6 +51,13 @@ def model_page(
     if runs is not None:
         sections += run_sections(runs)
     return render(f"PreQuant: {inspection.name}", _intro(inspection), sections)
+
+
+def write_model_page(
+    inspection: Inspection, proposal: Proposal | None, task_files: Sequence[Path], runs: Path | None, out: Path
+) -> None:
+    """Raises as model_page; OUT is whole or as it was."""
+    write_atomically(out, model_page(inspection, proposal, task_files, runs).encode())
 
 
 def _intro(inspection: Inspection) -> str:

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prequant_ext.directory import model_config
+from prequant_ext.directory import classifier_class, load_tokenizer, model_config
 from prequant_ext.glue.batches import Collator
-from prequant_ext.glue.models import classifier_class, load_tokenizer
 from prequant_ext.glue.tasks import TASKS
 from prequant_ext.serve.settings import MIN_LENGTH, Settings
 from prequant_ext.task import add_task, remove_task

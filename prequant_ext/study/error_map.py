@@ -5,10 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import AutoModel
 
 from prequant_ext.blocks import block_holding, blocks_of
 from prequant_ext.config import PreQuantConfig
+from prequant_ext.directory import resolve_model
 from prequant_ext.quantize import quantize_matrix
 from prequant_ext.sites import family_of, find_sites
 from prequant_ext.task_file import write_atomically
@@ -59,6 +62,12 @@ def write_error_map(folder: Path, model_name: str, errors: list[MatrixError]) ->
         folder / FILE,
         json.dumps({"model": model_name, "errors": [dataclasses.asdict(error) for error in errors]}).encode(),
     )
+
+
+def measure_errors(model: str, out: Path) -> None:
+    """Write the error map of a float model to OUT."""
+    loaded = AutoModel.from_pretrained(resolve_model(model), dtype=torch.float32)
+    write_error_map(out, model, error_map(loaded))
 
 
 def read_error_map(folder: Path) -> tuple[str, list[MatrixError]] | None:

@@ -101,6 +101,11 @@ def page(folder: Path) -> str:
     return render("PreQuant: experiments", intro, sections(folder))
 
 
+def write_report(folder: Path, out: Path) -> None:
+    """The page of the experiments in ``folder``. Raises FileNotFoundError where there are none."""
+    write_atomically(out, page(folder).encode())
+
+
 def sections(folder: Path) -> list[Section]:
     """A section an experiment in ``folder``. Raises FileNotFoundError where there are none."""
     finished = read_runs(folder / RUNS_FILE)

@@ -14,7 +14,15 @@ from typer.testing import CliRunner
 from prequant_ext import cli, directory, task
 from prequant_ext.bit_allocation import propose_layer_bits
 from prequant_ext.config import PreQuantConfig
-from prequant_ext.pages.inspection import clip_range, histogram, inspect_float, recurrences, task_changes, telling
+from prequant_ext.pages.inspection import (
+    clip_range,
+    histogram,
+    inspect_float,
+    proposed,
+    recurrences,
+    task_changes,
+    telling,
+)
 from prequant_ext.pages.model_page import model_page
 from prequant_ext.study.error_map import MatrixError, write_error_map
 from support.tiny_checkpoint import save_float_model
@@ -221,9 +229,9 @@ def test_a_page_of_unknown_blocks():
 
 def test_unknown_blocks_have_no_proposal_and_refuse_a_budget():
     plain = inspect_float("plain", Plain(), PreQuantConfig(r=1, axis="input"))
-    assert directory.proposed(plain, None) is None
+    assert proposed(plain, None) is None
     with pytest.raises(ValueError, match=r"blocks\.0\.up is in no block that layer_bits could name"):
-        directory.proposed(plain, {"bits_per_weight": 3.0})
+        proposed(plain, {"bits_per_weight": 3.0})
 
 
 def test_a_page_without_outlier_dimensions(tmp_path):

@@ -17,8 +17,9 @@ from prequant_ext import measure
 from prequant_ext.baselines import METHODS as ALL_METHODS
 from prequant_ext.baselines import Options
 from prequant_ext.config import PreQuantConfig
+from prequant_ext.directory import resolve_model
 from prequant_ext.glue import metrics, train, trainer
-from prequant_ext.glue.models import initialise_head, load_model, make_ready, resolve_model
+from prequant_ext.glue.models import initialise_head, load_model, make_ready
 from prequant_ext.glue.run import FLOAT_METHODS, RunSettings
 from prequant_ext.glue.tasks import TASKS, load_rows
 from prequant_ext.model import head_parameter_names
