@@ -12,37 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
-from typer.testing import CliRunner
 
-from prequant_ext import cli, directory
+from prequant_ext import directory
 from prequant_ext.glue import train
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import plan
 from prequant_ext.report import Report
-from support.tiny_checkpoint import save_float_model
+from support.command_line import run
 
 COMMANDS = ("quantize", "inspect", "finetune", "eval", "merge", "export hf", "export onnx", "doctor")
 TRAIN = ("--data", "synthetic", "--epochs", "2", "--max-train", "128", "--max-length", "32", "--lr", "1e-2")
-
-
-def run(*arguments, expect=0):
-    """The result of ``prequant ARGUMENTS``; its standard output is JSON where --json is among them."""
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == expect, result.output
-    return json.loads(result.stdout) if "--json" in arguments and expect == 0 else result
-
-
-@pytest.fixture(scope="module")
-def float_model(tmp_path_factory):
-    return save_float_model(tmp_path_factory.mktemp("models") / "float")
-
-
-@pytest.fixture(scope="module")
-def base(float_model, tmp_path_factory):
-    """A quantized directory."""
-    folder = tmp_path_factory.mktemp("base") / "base"
-    run("quantize", float_model, "-o", folder, "--r", "3")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,11 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from typer.testing import CliRunner
 
 from prequant_ext import (
     PreQuantConfig,
     PreQuantEmbedding,
     PreQuantLinear,
-    cli,
     directory,
     export,
     merge,
@@ -30,6 +28,7 @@ from prequant_ext import (
 from prequant_ext.export import difference, export_onnx, random_inputs, run_onnx, weight_only_
 from prequant_ext.t5_encoder import T5EncoderForSequenceClassification
 from prequant_ext.task import save_task
+from support.command_line import invoke, run
 from support.tiny_models import assert_unchanged, snapshot
 from support.toys import make_toy
 
@@ -60,12 +59,6 @@ def quantized_bert(model_class=BertForSequenceClassification, **settings):
     return model
 
 
-def run(*arguments, expect=0):
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == expect, result.output
-    return result
-
-
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     """(model with 8-bit activations, its directory)."""
@@ -79,7 +72,7 @@ def bert_file(bert):
     """(model, what the command said, the file)."""
     model, folder = bert
     path = folder.parent / "bert.onnx"
-    return model, run("export", "onnx", folder, "-o", path, "--json"), path
+    return model, invoke("export", "onnx", folder, "-o", path, "--json"), path
 
 
 @pytest.fixture(scope="module")

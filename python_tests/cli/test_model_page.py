@@ -1,17 +1,16 @@
 """The page of a model: its numbers are the model's, it stands alone, and names stay text."""
 
 import copy
+import functools
 import html
-import json
 import math
 import re
 from html.parser import HTMLParser
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from prequant_ext import cli, directory, task
+from prequant_ext import task
 from prequant_ext.bit_allocation import propose_layer_bits
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.pages.inspection import (
@@ -25,7 +24,7 @@ from prequant_ext.pages.inspection import (
 )
 from prequant_ext.pages.model_page import model_page
 from prequant_ext.study.error_map import MatrixError, write_error_map
-from support.tiny_checkpoint import save_float_model
+from support.command_line import run
 from support.tiny_models import Plain, tiny_model
 
 CONFIG = PreQuantConfig(r=2)
@@ -265,27 +264,12 @@ def test_names_stay_text(inspection, proposal, task_files, tmp_path):
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def run(*arguments, expect=0):
-    result = CliRunner().invoke(cli.app, ["inspect", *map(str, arguments)], catch_exceptions=False)
-    assert result.exit_code == expect, result.output
-    return result
-
-
-@pytest.fixture(scope="module")
-def float_model(tmp_path_factory):
-    return save_float_model(tmp_path_factory.mktemp("models") / "float")
-
-
-@pytest.fixture(scope="module")
-def base(float_model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "base"
-    directory.quantize_directory(float_model, CONFIG, folder)
-    return folder
+inspect = functools.partial(run, "inspect")
 
 
 def test_pages_of_a_float_model_and_of_its_directory_agree(float_model, base, tmp_path):
-    run(float_model, "--r", "2", "-o", tmp_path / "float.html", "--budget", "3")
-    run(base, "-o", tmp_path / "base.html")
+    inspect(float_model, "--r", "3", "-o", tmp_path / "float.html", "--budget", "3")
+    inspect(base, "-o", tmp_path / "base.html")
     fresh, stored = (Page((tmp_path / name).read_text()) for name in ("float.html", "base.html"))
     for section in ("coverage", "error"):
         assert fresh.rows[section] == stored.rows[section]
@@ -298,12 +282,12 @@ def test_pages_of_a_float_model_and_of_its_directory_agree(float_model, base, tm
 
 
 def test_a_budget_without_a_page_prints_the_proposal(float_model):
-    text = run(float_model, "--r", "2", "--budget", "3.0").stdout
+    text = inspect(float_model, "--r", "2", "--budget", "3.0").stdout
     assert "proposed bits" in text and re.search(r"^proposed: encoder\.0=\d, encoder\.1=\d$", text, re.M)
-    found = json.loads(run(float_model, "--r", "2", "--budget", "3.0", "--json").stdout)["proposal"]
+    found = inspect(float_model, "--r", "2", "--budget", "3.0", "--json")["proposal"]
     assert sorted(found["layer_bits"].values()) == [2, 4] and found["bits_per_weight"] == 3
-    megabytes = run(float_model, "--r", "2", "--budget", f"{found['model_bytes'] / 1e6}MB", "--json").stdout
-    assert json.loads(megabytes)["proposal"] == found
+    megabytes = inspect(float_model, "--r", "2", "--budget", f"{found['model_bytes'] / 1e6}MB", "--json")
+    assert megabytes["proposal"] == found
 
 
 @pytest.mark.parametrize(
@@ -333,6 +317,6 @@ def test_refusals_write_nothing(arguments, message, float_model, base, tmp_path)
         "none": tmp_path / "none",
         "there": tmp_path / "there",
     }
-    result = run(*(argument.format(**names) for argument in arguments), expect=2)
+    result = inspect(*(argument.format(**names) for argument in arguments), expect=2)
     assert message in result.stderr and not result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["there"] and (tmp_path / "there").read_text() == "mine"

@@ -1,17 +1,17 @@
 """Perplexity against its definition, every token predicted once by a forward pass of its own; and its command."""
 
-import json
+import functools
 import math
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
-from prequant_ext import PreQuantConfig, cli, quantize_model
+from prequant_ext import PreQuantConfig, quantize_model
 from prequant_ext.perplexity import perplexity, token_losses, window_sizes, windows
 from prequant_ext.task import save_task
+from support import command_line
 from support.toys import make_toy
 
 TOKENS = torch.randint(3, 99, (23,), generator=torch.Generator().manual_seed(2))
@@ -154,13 +154,7 @@ def test_a_model_that_sees_what_it_predicts_or_predicts_nothing_is_refused():
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def run(*arguments, expect=0):
-    """The result of ``prequant perplexity ARGUMENTS``; its standard output is JSON where --json is among them."""
-    result = CliRunner().invoke(
-        cli.app, ["perplexity", *(str(argument) for argument in arguments)], catch_exceptions=False
-    )
-    assert result.exit_code == expect, result.output
-    return json.loads(result.stdout) if "--json" in arguments and expect == 0 else result
+run = functools.partial(command_line.run, "perplexity")
 
 
 def save(model, folder, first=0):

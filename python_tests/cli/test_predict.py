@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from prequant_ext import cli
+from support.command_line import invoke
 from support.serving import OTHER, TEXT, direct_logits, query, save_base, save_random_task
 
 LABELS = {"sst2": 2, "mnli": 3, "stsb": 1}
@@ -26,7 +25,7 @@ def served(tmp_path_factory):
 def predict(served, rows, *options):
     base, files = served
     text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
-    return CliRunner().invoke(cli.app, ["predict", base, *map(str, files.values()), *options], input=text)
+    return invoke("predict", base, *files.values(), *options, text=text)
 
 
 def test_each_row_is_answered_as_by_its_task_alone(served):

@@ -3,6 +3,7 @@ it is told to stop.
 """
 
 import asyncio
+import functools
 import os
 import signal
 import statistics
@@ -14,13 +15,12 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from prequant_ext import cli
 from prequant_ext.serve import server
 from prequant_ext.serve.backbone import Query, load
 from prequant_ext.serve.settings import Settings
 from prequant_ext.task_file import read_task, write_task
+from support.command_line import invoke
 from support.serving import (
     TASKS,
     TEXT,
@@ -90,8 +90,7 @@ def test_padding_changes_no_stored_value(base, files):
     assert all(torch.equal(tensors[key], stored[key]) for key in stored if not key.startswith("classifier."))
 
 
-def command(*arguments):
-    return CliRunner().invoke(cli.app, ["serve", *map(str, arguments)], catch_exceptions=False)
+command = functools.partial(invoke, "serve")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ import xml.etree.ElementTree
 from dataclasses import replace
 
 import pytest
-from typer.testing import CliRunner
 
-from prequant_ext import cli, html_page
+from prequant_ext import html_page
 from prequant_ext.baselines import METHODS
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.glue import metrics
@@ -18,6 +17,7 @@ from prequant_ext.study import error_map, page, runner, tables
 from prequant_ext.study.experiments import EXPERIMENTS, GRIDS, Arm, Experiment
 from prequant_ext.study.runner import Plan
 from support import ROOT
+from support.command_line import invoke
 from support.tiny_checkpoint import save_float_model
 from support.tiny_models import Plain, tiny_model
 
@@ -373,7 +373,7 @@ def recorded(folder, names):
 def test_the_page_stands_alone(tmp_path):
     lines = recorded(tmp_path, EXPERIMENTS)
     report = tmp_path / "report.html"
-    assert CliRunner().invoke(cli.app, ["report", str(tmp_path), "-o", str(report)]).exit_code == 0
+    assert invoke("report", tmp_path, "-o", report).exit_code == 0
     text = report.read_text()
     assert (
         text.count("<svg") == len(EXPERIMENTS)
@@ -389,7 +389,7 @@ def test_the_page_stands_alone(tmp_path):
     assert "163.1" in text and "T5-3B encoder" in text  # the paper's numbers stand beside ours
     assert "a part of the training rows, not the whole task: sst2, qnli" in text
     # not overwritten unasked
-    assert CliRunner().invoke(cli.app, ["report", str(tmp_path), "-o", str(report)]).exit_code == 2
+    assert invoke("report", tmp_path, "-o", report).exit_code == 2
 
 
 def test_a_page_of_what_has_run_so_far(tmp_path):
@@ -424,7 +424,7 @@ def test_the_error_map_has_every_matrix_and_strategy(tmp_path):
         error_map.error_map(Plain())
 
     float_model = save_float_model(tmp_path / "float")
-    done = CliRunner().invoke(cli.app, ["experiment", "fig4", "--model", float_model, "-o", str(tmp_path / "runs")])
+    done = invoke("experiment", "fig4", "--model", float_model, "-o", tmp_path / "runs")
     assert done.exit_code == 0, done.output
     assert page.page(tmp_path / "runs").count("<svg") == 1
 
@@ -463,10 +463,10 @@ def test_the_command_trains_and_prints_its_table(tmp_path, monkeypatch):
     float_model = save_float_model(tmp_path / "float")
     arguments = ["experiment", "table3", "--quick", "--model", float_model, "--data", "synthetic", "--epochs", "1"]
     arguments += ["--max-train", "64", "-j", "2", "-o", str(tmp_path / "runs")]
-    listed = CliRunner().invoke(cli.app, [*arguments, "--list"])
+    listed = invoke(*arguments, "--list")
     assert listed.exit_code == 0, listed.output
     assert listed.stdout.count("sst2 prequant") == 4 and not (tmp_path / "runs").exists()
-    done = CliRunner().invoke(cli.app, arguments)
+    done = invoke(*arguments)
     assert done.exit_code == 0, done.output
     assert "| min_max |" in done.stdout and (tmp_path / "runs" / "table3.md").read_text() == done.stdout
     errors = {
@@ -475,7 +475,7 @@ def test_the_command_trains_and_prints_its_table(tmp_path, monkeypatch):
     }
     assert len(errors) == 4 and errors["mse"] <= errors["min_max"] and errors["row_wise"] < errors[None]
     monkeypatch.setattr(runner, "perform", None)  # nothing is run again
-    assert CliRunner().invoke(cli.app, arguments).stdout == done.stdout
+    assert invoke(*arguments).stdout == done.stdout
 
 
 @pytest.mark.parametrize(
@@ -493,7 +493,5 @@ def test_the_command_trains_and_prints_its_table(tmp_path, monkeypatch):
 )
 def test_wrong_experiments_are_refused_before_they_begin(changes, message, tmp_path):
     float_model = save_float_model(tmp_path / "float")
-    done = CliRunner().invoke(
-        cli.app, ["experiment", "table3", "--model", float_model, "-o", str(tmp_path / "runs"), *changes]
-    )
+    done = invoke("experiment", "table3", "--model", float_model, "-o", tmp_path / "runs", *changes)
     assert done.exit_code == 2 and message in done.output
