@@ -1,29 +1,24 @@
-"""``prequant``: parses, calls, prints. One module for the commands of a kind; options.py has what they share."""
+"""``prequant``: parses, calls, prints. A module for the commands of a kind; commands.py puts them together.
+
+This file is the entry point, so it imports nothing that a plain ``pip install`` of this package does not bring.
+"""
 
 import os
 import sys
 
-import typer
-
-from prequant_ext.cli.app import app
-from prequant_ext.cli.console import OK
-from prequant_ext.cli.options import AsJson
-
-# isort: off
-from prequant_ext.cli import models, export, training, perplexity, serving, experiments  # noqa: F401  each adds its commands, in the order of --help
-# isort: on
-
-
-@app.command(epilog="Example: prequant doctor --json")
-def doctor(as_json: AsJson = False) -> None:
-    """Tell what this installation is made of, and whether it works."""
-    from prequant_ext.doctor import main as examine
-
-    raise typer.Exit(examine(["--json"] if as_json else []))
+from prequant_ext import neighbours
+from prequant_ext.cli.console import OK, REFUSED, say
 
 
 def main() -> None:
     """The command ``prequant``."""
+    try:
+        neighbours.require("typer", "the command prequant")
+    except ImportError as error:
+        say(f"error: {error}")
+        sys.exit(REFUSED)
+    from prequant_ext.cli.commands import app
+
     try:
         app(prog_name="prequant")
     except BrokenPipeError:  # `prequant inspect ... | head`

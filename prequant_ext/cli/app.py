@@ -1,4 +1,4 @@
-"""The command ``prequant``, to which the modules beside this one add their commands."""
+"""The command ``prequant``, to which the modules next to this one add their commands."""
 
 import typer
 

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import typer
-
 OK, FAILED, REFUSED = 0, 1, 2  # 2: the command or what it was given cannot be used; 1: something broke on the way
 
 
@@ -44,6 +42,8 @@ def exit_codes() -> Iterator[None]:
     """Known failures as one line and an exit code; anything else is a fault of the program and keeps its traceback
     (exit code 1).
     """
+    import typer  # here, since main() must be able to say in this module's words that it is missing
+
     try:
         yield
     except KeyboardInterrupt:

@@ -4,12 +4,12 @@ import json
 
 from typer.testing import CliRunner
 
-from prequant_ext import cli
+from prequant_ext.cli.commands import app
 
 
 def invoke(*arguments, text=None):
     """The result of ``prequant ARGUMENTS``, with ``text`` on its standard input."""
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=text, catch_exceptions=False)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=text, catch_exceptions=False)
 
 
 def run(*arguments, expect=0):
