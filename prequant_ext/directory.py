@@ -179,8 +179,8 @@ def load_with_task(name: str, task_file: Path | None, num_labels: int) -> tuple[
         return model, load_task(model, task_file)
     if loading["missing_keys"]:
         raise ValueError(
-            f"{name} has no trained head ({', '.join(sorted(loading['missing_keys'])[:3])}): name a task file with "
-            "--task-file"
+            f"{name} has no trained head ({', '.join(sorted(loading['missing_keys'])[:3])}): task_file must name a "
+            "task file, which brings one"
         )
     return model, {}
 

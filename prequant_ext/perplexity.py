@@ -176,8 +176,8 @@ def perplexities(
     stride: int | None,
     max_tokens: int | None,
 ) -> dict[str, Any]:
-    """Perplexity of the model ``name`` on a text, of the model ``other`` beside it, and over which windows.
-    ``max_tokens``: only the first of the text.
+    """Perplexity of the model ``name`` on a text, and of the model ``other`` on the same tokens; with the sizes of the
+    windows. ``max_tokens``: only the first tokens of the text count.
 
     Raises ValueError where the two take the text for different tokens: perplexities are per token, and would not
     compare.

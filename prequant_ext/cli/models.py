@@ -33,6 +33,7 @@ from prequant_ext.cli.options import (
     budget_of,
     config_of,
     megabytes,
+    quantize_command,
     refuse_existing,
 )
 from prequant_ext.config import PreQuantConfig
@@ -181,7 +182,8 @@ def inspect(
             inspection = inspected(model, config)
             report, proposal = inspection.report, proposed(inspection, limits)
             if out is not None:
-                write_model_page(inspection, proposal, task_file or [], runs, out)
+                how_to_quantize = quantize_command(model, proposal.layer_bits) if proposal else ""
+                write_model_page(inspection, proposal, task_file or [], runs, how_to_quantize, out)
         else:
             report = directory.stored_report(model) if is_quantized else directory.quantized(model, config)[2]
         if as_json:

@@ -1,5 +1,7 @@
 """What several commands take: their options and the PreQuantConfig that these make."""
 
+import shlex
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -128,6 +130,12 @@ def _layer_rule(rule: str) -> tuple[str, int]:
     if not separator or not bits.isdecimal():
         raise ValueError(f"layer_bits must be rules such as layers.0-7=2, got {rule!r}")
     return blocks, int(bits)
+
+
+def quantize_command(model: str, layer_bits: Mapping[str, int]) -> str:
+    """The command that quantizes ``model`` by these rules."""
+    rules = " ".join(f"--layer-bits {blocks}={bits}" for blocks, bits in layer_bits.items())
+    return f"prequant quantize {shlex.quote(model)} -o DIR {rules}"
 
 
 def budget_of(text: str) -> dict[str, float]:

@@ -173,8 +173,8 @@ def _hub_rows(task: Task, split: str) -> Iterator[tuple[str, Any]]:
         rows = datasets.load_dataset(HUB_DATASET, task.name, split=hub_split)
     except (OSError, ValueError) as error:  # no network, no such data set, nothing cached
         message = (
-            f"no {split} rows of {task.name}: looked for {name} on the hub ({error}); name a local folder with "
-            f"--data-dir or {DATA_DIR_VARIABLE}"
+            f"no {split} rows of {task.name}: looked for {name} on the hub ({error}); name a local folder "
+            f"by data_dir or by the environment variable {DATA_DIR_VARIABLE}"
         )
         raise FileNotFoundError(message) from error
     for number, row in enumerate(rows):

@@ -116,7 +116,7 @@ def proposed(inspection: Inspection, budget: Mapping[str, float] | None) -> Prop
     if inspection.measured is None:
         if budget is not None:
             raise ValueError(
-                f"--budget needs float weights, to measure other widths, but {inspection.name} is quantized already"
+                f"budget needs float weights, to measure other widths, but {inspection.name} is quantized already"
             )
         return None
     if budget is None and any(matrix.block is None for matrix in inspection.measured.matrices):

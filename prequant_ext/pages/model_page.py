@@ -3,7 +3,6 @@ changed.
 """
 
 import math
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,10 +31,14 @@ SHOWN_SETTINGS = ("bits", "strategy", "r", "axis", "selector", "activation_bits"
 
 
 def model_page(
-    inspection: Inspection, proposal: Proposal | None = None, task_files: Sequence[Path] = (), runs: Path | None = None
+    inspection: Inspection,
+    proposal: Proposal | None = None,
+    task_files: Sequence[Path] = (),
+    runs: Path | None = None,
+    how_to_quantize: str = "",
 ) -> str:
-    """The page of a model. proposal: of its sensitivity, for a float model; task_files: of its base; runs: a folder of
-    experiments.
+    """The page of a model. proposal: of its sensitivity, for a float model, and ``how_to_quantize`` the model by it:
+    the command, where the reader has one; task_files: of its base; runs: a folder of experiments.
 
     Raises FileNotFoundError and ValueError as task_changes, and FileNotFoundError where ``runs`` has no experiment.
     """
@@ -44,7 +47,7 @@ def model_page(
         _errors(inspection),
         _dimensions(inspection),
         _histograms(inspection),
-        _sensitivity(inspection, proposal),
+        _sensitivity(inspection, proposal, how_to_quantize),
     ]
     if task_files:
         sections.append(_tasks(inspection, task_changes(inspection, task_files)))
@@ -54,10 +57,15 @@ def model_page(
 
 
 def write_model_page(
-    inspection: Inspection, proposal: Proposal | None, task_files: Sequence[Path], runs: Path | None, out: Path
+    inspection: Inspection,
+    proposal: Proposal | None,
+    task_files: Sequence[Path],
+    runs: Path | None,
+    how_to_quantize: str,
+    out: Path,
 ) -> None:
-    """Raises as model_page; OUT is whole or as it was."""
-    write_atomically(out, model_page(inspection, proposal, task_files, runs).encode())
+    """Write :func:`model_page` to ``out``, which is whole or as it was. Raises as model_page."""
+    write_atomically(out, model_page(inspection, proposal, task_files, runs, how_to_quantize).encode())
 
 
 def _intro(inspection: Inspection) -> str:
@@ -251,7 +259,7 @@ def _histogram_row(title: str, matrix: Matrix) -> tuple[str, ...]:
 # ---- sensitivity -----------------------------------------------------------------------------------------------------
 
 
-def _sensitivity(inspection: Inspection, proposal: Proposal | None) -> Section:
+def _sensitivity(inspection: Inspection, proposal: Proposal | None, how_to_quantize: str) -> Section:
     if inspection.measured is None:
         parts = [
             paragraph(
@@ -265,11 +273,11 @@ def _sensitivity(inspection: Inspection, proposal: Proposal | None) -> Section:
             _matrix_table(inspection.measured),
         ]
     else:
-        parts = _proposal_parts(inspection, inspection.measured, proposal)
+        parts = _proposal_parts(inspection.measured, proposal, how_to_quantize)
     return Section("sensitivity", "Sensitivity, and bits for each block", parts)
 
 
-def _proposal_parts(inspection: Inspection, measured: Sensitivity, proposal: Proposal) -> list[str]:
+def _proposal_parts(measured: Sensitivity, proposal: Proposal, how_to_quantize: str) -> list[str]:
     front = best_choices(
         [
             [Choice(size, error, (bits,)) for bits, (size, error) in own.items()]
@@ -288,7 +296,6 @@ def _proposal_parts(inspection: Inspection, measured: Sensitivity, proposal: Pro
         "in the top third 3: every later block works on what an early one spoilt. Try a proposal on a task before you "
         "use it."
     )
-    options = " ".join(f"--layer-bits {rule}={bits}" for rule, bits in proposal.layer_bits.items())
     return [
         paragraph(text),
         figures.sensitivity_figure(proposal, front, measured.weights),
@@ -298,7 +305,7 @@ def _proposal_parts(inspection: Inspection, measured: Sensitivity, proposal: Pro
             f"{proposal.model_bytes / 1e6:,.2f} MB, L2 error of the matrices "
             f"{math.sqrt(proposal.squared_error):.4g}. To quantize so, the other options as they were here:"
         ),
-        code(f"prequant quantize {shlex.quote(inspection.name)} -o DIR {options}"),
+        code(how_to_quantize or f"layer_bits = {proposal.layer_bits}"),
         paragraph(caution),
         details("relative error of every matrix", _matrix_table(measured)),
     ]

@@ -143,7 +143,7 @@ async def delete_task(name: str, serving: Shared) -> Response:
 
 def _folder_of_tasks(serving: Serving) -> Path:
     if serving.settings.task_dir is None:
-        raise HTTPException(403, "this server's tasks are fixed: it was started without --task-dir")
+        raise HTTPException(403, "this server's tasks are fixed: it was started without a task_dir")
     return serving.settings.task_dir.resolve()
 
 

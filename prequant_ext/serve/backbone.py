@@ -111,7 +111,7 @@ class Backbone:
         if num_labels > self.num_labels:
             raise ValueError(
                 f"{path} has {num_labels} labels but this server's head has {self.num_labels}: start the server with "
-                "it among --tasks"
+                "it among its tasks"
             )
         tensors = {
             key: _with_room(tensor, num_labels, self.shapes.get(key), self.num_labels)

@@ -85,7 +85,10 @@ def read_studies(folder: Path) -> list[Study]:
     """In the order of EXPERIMENTS. Raises FileNotFoundError where the folder has none, nor an error map."""
     found = {study.name: study for study in map(Study.read, folder.glob(f"*{PLAN_SUFFIX}"))}
     if not found and read_error_map(folder) is None:
-        raise FileNotFoundError(f"{folder} holds no experiment: prequant experiment NAME -o {folder} makes one")
+        raise FileNotFoundError(
+            f"{folder} holds no experiment: it must be a folder that prequant experiment wrote, with "
+            f"NAME{PLAN_SUFFIX} in it"
+        )
     return [found[name] for name in EXPERIMENTS if name in found]
 
 

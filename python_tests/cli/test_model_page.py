@@ -12,6 +12,7 @@ import torch
 
 from prequant_ext import task
 from prequant_ext.bit_allocation import propose_layer_bits
+from prequant_ext.cli.options import quantize_command
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.pages.inspection import (
     clip_range,
@@ -103,7 +104,7 @@ def task_files(inspection, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(inspection, proposal, task_files):
-    return model_page(inspection, proposal, task_files)
+    return model_page(inspection, proposal, task_files, how_to_quantize=quantize_command("tiny", proposal.layer_bits))
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
@@ -214,6 +215,10 @@ def test_runs_join_the_page(inspection, tmp_path):
         model_page(inspection, runs=tmp_path / "none")
 
 
+def test_without_a_command_the_proposal_names_its_setting(inspection, proposal):
+    assert f"layer_bits = {proposal.layer_bits}" in Page(model_page(inspection, proposal)).texts["sensitivity"]
+
+
 # ---- what models lack ------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +260,9 @@ def test_a_page_of_two_stacks(tmp_path):
 def test_names_stay_text(inspection, proposal, task_files, tmp_path):
     odd = tmp_path / 'a<b>&"$x$.task'
     odd.write_bytes(task_files[0].read_bytes())
-    text = model_page(type(inspection)(**(vars(inspection) | {"name": "<script>&"})), proposal, [odd])
+    name = "<script>&"
+    command = quantize_command(name, proposal.layer_bits)
+    text = model_page(type(inspection)(**(vars(inspection) | {"name": name})), proposal, [odd], None, command)
     found = Page(text)  # which refuses a script
     assert found.rows["tasks"][1][1] == odd.name and "<title>PreQuant: &lt;script&gt;&amp;</title>" in text
     assert "prequant quantize '<script>&' -o" in found.texts["sensitivity"]
@@ -279,6 +286,7 @@ def test_pages_of_a_float_model_and_of_its_directory_agree(float_model, base, tm
         row[-1] for row in stored.rows["histograms"][1:]
     } == {"not known"}
     assert "need the float weights" in stored.texts["sensitivity"] and fresh.rows["sensitivity"]
+    assert f"prequant quantize {float_model} -o DIR --layer-bits " in fresh.texts["sensitivity"]
 
 
 def test_a_budget_without_a_page_prints_the_proposal(float_model):
@@ -299,7 +307,7 @@ def test_a_budget_without_a_page_prints_the_proposal(float_model):
         ),
         (("{float}", "--budget", "1.5", "-o", "{out}"), "bits_per_weight must be at least 2,"),
         (("{float}", "--budget", "0.001MB", "-o", "{out}"), "budget_bytes must be at least"),
-        (("{base}", "--budget", "3", "-o", "{out}"), "--budget needs float weights"),
+        (("{base}", "--budget", "3", "-o", "{out}"), "budget needs float weights"),
         (("{float}", "--dry-run", "-o", "{out}"), "--dry-run reads no weight"),
         (("{base}", "--task-file", "{none}"), "are for the HTML file: name it with -o"),
         (("{base}", "--task-file", "{none}", "-o", "{out}"), "no task file at"),

@@ -4,11 +4,14 @@ import ast
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 
 from prequant_ext import ops, reference
+from prequant_ext.cli.commands import app
 from support import ROOT
 
 SHARED_TEST = {"unpack": "pack", "unprepack": "prepack"}  # an operator and its inverse are tested together
@@ -156,6 +159,31 @@ def test_what_is_asked_of_a_run_needs_no_torch():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             importing += [module] * any(name.split(".")[0] in ("torch", "transformers") for name in names)
     assert importing == [] and {"baselines.options", "glue.tasks", "config"} <= seen
+
+
+def options_of(command: Any) -> set[str]:
+    """The options of a command and of those in it, such as --layer-bits."""
+    own = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    below = [options_of(inner) for inner in getattr(command, "commands", {}).values()]
+    return {name for name in own.union(*below) if name.startswith("--")}
+
+
+def test_what_is_below_the_command_line_neither_prints_nor_names_options():
+    """Errors name arguments, which a caller in Python has, too."""
+    options = options_of(typer.main.get_command(app))
+    assert {"--layer-bits", "--task-file"} <= options
+    entry_points, found = ("doctor", "study.worker"), []
+    for module in sorted(MODULES):
+        if room(module) == "cli" or module in entry_points:
+            continue
+        for node in ast.walk(ast.parse(MODULES[module].read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                # not --text: and var(--text), which are CSS
+                names = set(re.findall(r"(?<![\w(-])--[a-z-]+(?![\w:-])", node.value))
+                found += [(module, node.lineno, name) for name in names & options]
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+                found.append((module, node.lineno, "print"))
+    assert found == []
 
 
 def test_readme_map_is_true():

@@ -304,7 +304,7 @@ def test_a_task_of_generated_data_has_no_names_of_glue(changing):
             "wide",
             {"file": "wide.task"},
             422,
-            "wide.task has 5 labels but this server's head has 3: start the server with it among --tasks",
+            "wide.task has 5 labels but this server's head has 3: start the server with it among its tasks",
         ),
         (
             "endless",
@@ -360,12 +360,12 @@ def test_no_more_tasks_than_the_server_takes(changing):
 
 def test_without_a_folder_the_tasks_stay(client, spare):
     assert client.get("/tasks").json()["can_change"] is False
-    assert "started without --task-dir" in detail(client.put("/tasks/sst2", json={"file": "sst2.task"}), 403)
+    assert "started without a task_dir" in detail(client.put("/tasks/sst2", json={"file": "sst2.task"}), 403)
     headers = {"content-type": "application/octet-stream"}
-    assert "started without --task-dir" in detail(
+    assert "started without a task_dir" in detail(
         client.put("/tasks/sst2", content=spare["second"].read_bytes(), headers=headers), 403
     )
-    assert "started without --task-dir" in detail(client.delete("/tasks/sst2"), 403)
+    assert "started without a task_dir" in detail(client.delete("/tasks/sst2"), 403)
 
 
 # ---- health, metrics, page -------------------------------------------------------------------------------------------

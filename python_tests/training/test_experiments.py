@@ -399,7 +399,9 @@ def test_a_page_of_what_has_run_so_far(tmp_path):
     assert "1 runs of tiny" in page.page(tmp_path) and page.page(tmp_path).count("<svg") == 1
     (tmp_path / "runs.jsonl").write_text("")
     assert "<svg" not in page.page(tmp_path)
-    with pytest.raises(FileNotFoundError, match="holds no experiment: prequant experiment NAME -o"):
+    with pytest.raises(
+        FileNotFoundError, match="holds no experiment: it must be a folder that prequant experiment wrote"
+    ):
         page.page(tmp_path / "nowhere")
 
 

@@ -154,7 +154,7 @@ def test_hub_that_does_not_answer_is_a_missing_file(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(
         FileNotFoundError,
-        match=r"looked for nyu-mll/glue, mnli, validation_matched on the hub \(no route\).*--data-dir",
+        match=r"looked for nyu-mll/glue, mnli, validation_matched on the hub \(no route\).*data_dir",
     ):
         load_rows(TASKS["mnli"], "validation")
 
