@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 FORMAT_VERSION = 1  # of the checkpoint: raised when a reader of the old one would go wrong
@@ -21,12 +21,64 @@ def _require(condition: bool, name: str, wanted: str, value: object) -> None:
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
+def _any_of(choices: Sequence[str]) -> str:
+    """Such as "hidden, input or output"; more than three are a list."""
+    return f"one of {', '.join(choices)}" if len(choices) > 3 else f"{', '.join(choices[:-1])} or {choices[-1]}"
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of the command line that takes a value for a setting.
+
+    type   of what is typed: int, float, str, or list[str] for an option that may be repeated
+    help   what --help says; ``{default}`` in it is the setting's default
+    name   of the option, where it is not the setting's
+    read   makes the setting's value of what was typed, where the two are not the same
+    """
+
+    type: Any
+    help: str
+    name: str | None = None
+    read: Callable[[Any], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An option of the command line that takes no value, and gives the setting the value ``sets``.
+
+    implies   other settings that it changes, unless they are given
+    """
+
+    name: str
+    help: str
+    sets: Any
+    implies: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _offered(*options: Option | Flag, choices: Sequence[str] = (), after: str | None = None) -> dict[str, Any]:
+    """A field's metadata. choices: the values that it may have; after: the setting behind whose options --help has
+    these, where that is not the one above.
+    """
+    return {"options": options, "choices": tuple(choices), "after": after}
+
+
+def layer_rules(texts: Sequence[str]) -> dict[str, int]:
+    """layer_bits of rules such as ``layers.0-7=2``. Raises ValueError for anything else."""
+    rules = {}
+    for text in texts:
+        blocks, separator, bits = text.rpartition("=")
+        if not separator or not bits.isdecimal():
+            raise ValueError(f"layer_bits must be rules such as layers.0-7=2, got {text!r}")
+        rules[blocks] = int(bits)
+    return rules
 
 
 @dataclass(frozen=True)
@@ -63,27 +115,87 @@ class PreQuantConfig:
 
     quant_method: ClassVar[str] = "prequant"  # by which transformers knows whose quantization_config this is
 
-    bits: int = 4
-    strategy: str = "outlier_aware"
-    group_size: int | None = None
-    r: int = 5
-    axis: str = "hidden"
-    selector: str = "outlier"
-    outlier_threshold: OutlierThreshold = 3.0
-    activation_bits: int | None = 8
-    activation_granularity: str = "token"
-    embedding_bits: int | None = 8
-    layer_bits: LayerBits | None = None
-    init: str = "original"
-    train_scales: bool = False
-    modules_to_not_convert: tuple[str, ...] | None = None
-    seed: int = 0
-    embedding_granularity: str = "row"
+    bits: int = field(
+        default=4, metadata=_offered(Option(int, "width of the weight codes, 2 to 8 (default: {default})"))
+    )
+    strategy: str = field(
+        default="outlier_aware",
+        metadata=_offered(
+            Option(str, "how the range of a scale is chosen (default: {default})"), choices=STRATEGY_NAMES
+        ),
+    )
+    group_size: int | None = field(
+        default=None,
+        metadata=_offered(Option(int, f"weights per scale of the group strategies (default: {DEFAULT_GROUP_SIZE})")),
+    )
+    r: int = field(default=5, metadata=_offered(Option(int, "outlier dimensions of each matrix (default: {default})")))
+    axis: str = field(
+        default="hidden",
+        metadata=_offered(
+            Option(str, "which dimensions may be outlier dimensions (default: {default})"),
+            choices=("hidden", "input", "output"),
+        ),
+    )
+    selector: str = field(
+        default="outlier",
+        metadata=_offered(Option(str, "how they are chosen (default: {default})"), choices=SELECTOR_NAMES),
+    )
+    outlier_threshold: OutlierThreshold = field(
+        default=3.0, metadata=_offered(Option(float, "k of |w - mean| > k sigma (default: {default:g})"))
+    )
+    activation_bits: int | None = field(
+        default=8,
+        metadata=_offered(
+            Option(int, "width of the activation codes: 8"), Flag("weight_only", "leave activations float", sets=None)
+        ),
+    )
+    activation_granularity: str = field(
+        default="token",
+        metadata=_offered(
+            Option(str, "one range a token, or one a tensor (default: {default})"), choices=("token", "tensor")
+        ),
+    )
+    embedding_bits: int | None = field(
+        default=8, metadata=_offered(Flag("float_embeddings", "leave embedding tables float", sets=None))
+    )
+    layer_bits: LayerBits | None = field(
+        default=None,
+        metadata=_offered(
+            Option(list[str], "bits of single blocks, such as layers.0-7=2; may be repeated", read=layer_rules),
+            after="bits",
+        ),
+    )
+    init: str = field(
+        default="original",
+        metadata=_offered(
+            Option(str, "first value of the outlier weights (default: {default})"), choices=("original", "dequantized")
+        ),
+    )
+    train_scales: bool = field(
+        default=False,
+        metadata=_offered(
+            Flag(
+                "train_scales",
+                "PreQuant-alpha: train scales instead of outlier dimensions",
+                sets=True,
+                implies={"r": 0},
+            )
+        ),
+    )
+    modules_to_not_convert: tuple[str, ...] | None = field(
+        default=None,
+        metadata=_offered(Option(list[str], "a module that stays float; may be repeated", name="exclude", read=tuple)),
+    )
+    seed: int = field(default=0, metadata=_offered(Option(int, "of the random selector (default: {default})")))
+    embedding_granularity: str = field(default="row", metadata=_offered(choices=("row", "tensor")))
     raw_outlier_activations: bool = False
 
     def __post_init__(self) -> None:
         _require(_is_int(self.bits) and 2 <= self.bits <= 8, "bits", "an integer from 2 to 8", self.bits)
-        _require(self.strategy in STRATEGY_NAMES, "strategy", f"one of {', '.join(STRATEGY_NAMES)}", self.strategy)
+        for setting in dataclasses.fields(self):
+            if choices := setting.metadata.get("choices"):
+                value = getattr(self, setting.name)
+                _require(value in choices, setting.name, _any_of(choices), value)
         _require(
             self.group_size is None or (_is_int(self.group_size) and self.group_size > 0),
             "group_size",
@@ -96,20 +208,11 @@ class PreQuantConfig:
                 f"strategy={self.strategy!r}"
             )
         _require(_is_int(self.r) and self.r >= 0, "r", "an integer of at least 0", self.r)
-        _require(self.axis in ("hidden", "input", "output"), "axis", "hidden, input or output", self.axis)
-        _require(self.selector in SELECTOR_NAMES, "selector", f"one of {', '.join(SELECTOR_NAMES)}", self.selector)
         object.__setattr__(self, "outlier_threshold", _checked_threshold(self.outlier_threshold))
         for name in ("activation_bits", "embedding_bits"):
             width = getattr(self, name)
             _require(width is None or (_is_int(width) and width == 8), name, "8 or None", width)
-        _require(
-            self.activation_granularity in ("token", "tensor"),
-            "activation_granularity",
-            "token or tensor",
-            self.activation_granularity,
-        )
         object.__setattr__(self, "layer_bits", _checked_layer_bits(self.layer_bits))
-        _require(self.init in ("original", "dequantized"), "init", "original or dequantized", self.init)
         _require(isinstance(self.train_scales, bool), "train_scales", "True or False", self.train_scales)
         if self.train_scales and self.r != 0:
             raise ValueError(
@@ -131,12 +234,6 @@ class PreQuantConfig:
             _require(is_list, "modules_to_not_convert", "a list of module names or None", names)
             object.__setattr__(self, "modules_to_not_convert", tuple(names))
         _require(_is_int(self.seed), "seed", "an integer", self.seed)
-        _require(
-            self.embedding_granularity in ("row", "tensor"),
-            "embedding_granularity",
-            "row or tensor",
-            self.embedding_granularity,
-        )
         _require(
             isinstance(self.raw_outlier_activations, bool),
             "raw_outlier_activations",

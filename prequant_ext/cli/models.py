@@ -9,81 +9,30 @@ import typer
 from prequant_ext.cli.app import app
 from prequant_ext.cli.console import exit_codes, quiet_libraries, say, show, show_json
 from prequant_ext.cli.options import (
-    ActivationBits,
-    ActivationGranularity,
     AsJson,
-    AxisOption,
-    Bits,
-    Dimensions,
-    Exclude,
-    FloatEmbeddings,
-    GroupSize,
-    InitOption,
-    LayerBits,
     Model,
     Out,
     Overwrite,
-    Paper,
-    SelectorOption,
-    SelectorSeed,
-    StrategyOption,
-    Threshold,
-    TrainScales,
-    WeightOnly,
     budget_of,
-    config_of,
     megabytes,
     quantize_command,
     refuse_existing,
+    takes_quantization_options,
 )
 from prequant_ext.config import PreQuantConfig
 
 
 @app.command(epilog="Example: prequant quantize minilm -o base --r 5")
+@takes_quantization_options
 def quantize(
     model: Model,
     out: Out,
-    bits: Bits = None,
-    layer_bits: LayerBits = None,
-    strategy: StrategyOption = None,
-    group_size: GroupSize = None,
-    r: Dimensions = None,
-    axis: AxisOption = None,
-    selector: SelectorOption = None,
-    outlier_threshold: Threshold = None,
-    activation_bits: ActivationBits = None,
-    weight_only: WeightOnly = False,
-    activation_granularity: ActivationGranularity = None,
-    float_embeddings: FloatEmbeddings = False,
-    init: InitOption = None,
-    train_scales: TrainScales = False,
-    exclude: Exclude = None,
-    seed: SelectorSeed = None,
-    paper: Paper = False,
+    config: PreQuantConfig,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a pre-trained model, once for all tasks, into a directory that transformers loads."""
     with exit_codes():
-        config = config_of(
-            bits,
-            layer_bits,
-            strategy,
-            group_size,
-            r,
-            axis,
-            selector,
-            outlier_threshold,
-            activation_bits,
-            weight_only,
-            activation_granularity,
-            float_embeddings,
-            init,
-            train_scales,
-            exclude,
-            seed,
-            paper,
-        )
         refuse_existing(out, overwrite)
         quiet_libraries()
         from prequant_ext import directory
@@ -100,25 +49,10 @@ def quantize(
     epilog="Example: prequant inspect minilm --bits 2 --dry-run, or: prequant inspect minilm --budget 16.5MB -o "
     "report.html"
 )
+@takes_quantization_options
 def inspect(
     model: Model,
-    bits: Bits = None,
-    layer_bits: LayerBits = None,
-    strategy: StrategyOption = None,
-    group_size: GroupSize = None,
-    r: Dimensions = None,
-    axis: AxisOption = None,
-    selector: SelectorOption = None,
-    outlier_threshold: Threshold = None,
-    activation_bits: ActivationBits = None,
-    weight_only: WeightOnly = False,
-    activation_granularity: ActivationGranularity = None,
-    float_embeddings: FloatEmbeddings = False,
-    init: InitOption = None,
-    train_scales: TrainScales = False,
-    exclude: Exclude = None,
-    seed: SelectorSeed = None,
-    paper: Paper = False,
+    config: PreQuantConfig,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only the plan: no weight is read")] = False,
     budget: Annotated[
         str | None,
@@ -139,25 +73,6 @@ def inspect(
     blocks, what tasks changed.
     """
     with exit_codes():
-        config = config_of(
-            bits,
-            layer_bits,
-            strategy,
-            group_size,
-            r,
-            axis,
-            selector,
-            outlier_threshold,
-            activation_bits,
-            weight_only,
-            activation_granularity,
-            float_embeddings,
-            init,
-            train_scales,
-            exclude,
-            seed,
-            paper,
-        )
         limits = None if budget is None else budget_of(budget)
         if out is None and (task_file or runs):
             raise ValueError("--task-file and --runs are for the HTML file: name it with -o")

@@ -1,21 +1,21 @@
-"""What several commands take: their options and the PreQuantConfig that these make."""
+"""What several commands take: their options, and the PreQuantConfig that some of these make."""
 
+import dataclasses
+import functools
+import inspect
 import shlex
-from collections.abc import Mapping
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from prequant_ext.config import SELECTOR_NAMES, STRATEGY_NAMES, PreQuantConfig
+from prequant_ext.cli.console import exit_codes
+from prequant_ext.config import Flag, PreQuantConfig
 from prequant_ext.glue.tasks import DATA_DIR_VARIABLE, TASKS
 
-Strategy = Enum("Strategy", {name: name for name in STRATEGY_NAMES}, type=str)  # type: ignore[misc]
-Selector = Enum("Selector", {name: name for name in SELECTOR_NAMES}, type=str)  # type: ignore[misc]
-Axis = Enum("Axis", {name: name for name in ("hidden", "input", "output")}, type=str)  # type: ignore[misc]
-Granularity = Enum("Granularity", {name: name for name in ("token", "tensor")}, type=str)  # type: ignore[misc]
-Init = Enum("Init", {name: name for name in ("original", "dequantized")}, type=str)  # type: ignore[misc]
 TaskName = Enum("TaskName", {name: name for name in TASKS}, type=str)  # type: ignore[misc]
 
 
@@ -41,30 +41,6 @@ Data = Annotated[
     Source, typer.Option(help="synthetic: a small generated task of the same shape, for trying things out")
 ]
 
-Bits = Annotated[int | None, typer.Option(help="width of the weight codes, 2 to 8 (default: 4)")]
-LayerBits = Annotated[
-    list[str] | None, typer.Option(help="bits of single blocks, such as layers.0-7=2; may be repeated")
-]
-StrategyOption = Annotated[
-    Strategy | None, typer.Option(help="how the range of a scale is chosen (default: outlier_aware)")
-]
-GroupSize = Annotated[int | None, typer.Option(help="weights per scale of the group strategies (default: 128)")]
-Dimensions = Annotated[int | None, typer.Option("--r", help="outlier dimensions of each matrix (default: 5)")]
-AxisOption = Annotated[Axis | None, typer.Option(help="which dimensions may be outlier dimensions (default: hidden)")]
-SelectorOption = Annotated[Selector | None, typer.Option(help="how they are chosen (default: outlier)")]
-Threshold = Annotated[float | None, typer.Option(help="k of |w - mean| > k sigma (default: 3)")]
-ActivationBits = Annotated[int | None, typer.Option(help="width of the activation codes: 8")]
-WeightOnly = Annotated[bool, typer.Option("--weight-only", help="leave activations float")]
-ActivationGranularity = Annotated[
-    Granularity | None, typer.Option(help="one range a token, or one a tensor (default: token)")
-]
-FloatEmbeddings = Annotated[bool, typer.Option("--float-embeddings", help="leave embedding tables float")]
-InitOption = Annotated[Init | None, typer.Option(help="first value of the outlier weights (default: original)")]
-TrainScales = Annotated[
-    bool, typer.Option("--train-scales", help="PreQuant-alpha: train scales instead of outlier dimensions")
-]
-Exclude = Annotated[list[str] | None, typer.Option(help="a module that stays float; may be repeated")]
-SelectorSeed = Annotated[int | None, typer.Option("--seed", help="of the random selector (default: 0)")]
 Paper = Annotated[
     bool,
     typer.Option(
@@ -73,63 +49,86 @@ Paper = Annotated[
 ]
 
 
-def config_of(
-    bits: int | None,
-    layer_bits: list[str] | None,
-    strategy: Any,
-    group_size: int | None,
-    r: int | None,
-    axis: Any,
-    selector: Any,
-    outlier_threshold: float | None,
-    activation_bits: int | None,
-    weight_only: bool,
-    activation_granularity: Any,
-    float_embeddings: bool,
-    init: Any,
-    train_scales: bool,
-    exclude: list[str] | None,
-    seed: int | None,
-    paper: bool,
-) -> PreQuantConfig:
+def _settings() -> list[dataclasses.Field]:
+    """The fields of PreQuantConfig in the order of --help."""
+    ordered: list[dataclasses.Field] = []
+    for setting in dataclasses.fields(PreQuantConfig):
+        names, after = [other.name for other in ordered], setting.metadata.get("after")
+        ordered.insert(len(names) if after is None else names.index(after) + 1, setting)
+    return ordered
+
+
+OPTIONS = {  # by the parameter of the command
+    option.name or setting.name: (setting, option)
+    for setting in _settings()
+    for option in setting.metadata.get("options", ())
+}
+
+
+def takes_quantization_options(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with all of OPTIONS and --paper in the place of its parameter ``config``, which they make."""
+    options = [_parameter(name, _annotation(name)) for name in OPTIONS] + [_parameter("paper", Paper)]
+    parameters: list[inspect.Parameter] = []
+    for own in inspect.signature(command).parameters.values():
+        parameters += options if own.name == "config" else [own.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+
+    @functools.wraps(command)
+    def with_options(**arguments: Any) -> None:
+        given = {option.name: arguments.pop(option.name) for option in options}
+        with exit_codes():
+            config = config_of(**given)
+        command(config=config, **arguments)
+
+    # These two are what typer reads.
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_options
+
+
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+    """An option that is not given is None, a flag False."""
+    default = False if typing.get_args(annotation)[0] is bool else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _annotation(name: str) -> Any:
+    """The parameter of an option as a command would declare it."""
+    setting, option = OPTIONS[name]
+    declared = typer.Option(_typed(name), help=option.help.format(default=setting.default))
+    if isinstance(option, Flag):
+        return Annotated[bool, declared]
+    kind = _enum(setting.name, setting.metadata["choices"]) if setting.metadata["choices"] else option.type
+    return Annotated[kind | None, declared]
+
+
+def _enum(name: str, choices: Iterable[str]) -> Any:
+    return Enum(name, {choice: choice for choice in choices}, type=str)
+
+
+def _typed(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def config_of(*, paper: bool = False, **given: Any) -> PreQuantConfig:
     """The config of the options that were given; the rest keeps its default, or the paper's."""
-    chosen: dict[str, Any] = {
-        "bits": bits,
-        "group_size": group_size,
-        "r": r,
-        "outlier_threshold": outlier_threshold,
-        "seed": seed,
-    }
-    enums = {
-        "strategy": strategy,
-        "axis": axis,
-        "selector": selector,
-        "activation_granularity": activation_granularity,
-        "init": init,
-    }
-    chosen |= {name: value.value for name, value in enums.items() if value is not None}
-    chosen |= {"activation_bits": activation_bits, "modules_to_not_convert": tuple(exclude) if exclude else None}
-    changes = {name: value for name, value in chosen.items() if value is not None}
-    if weight_only:
-        if activation_bits is not None:
-            raise ValueError(
-                f"--weight-only leaves activations float, so --activation-bits {activation_bits} contradicts it"
-            )
-        changes["activation_bits"] = None
-    if float_embeddings:
-        changes["embedding_bits"] = None
-    if train_scales:
-        changes |= {"train_scales": True} | ({"r": 0} if r is None else {})
-    if layer_bits:
-        changes["layer_bits"] = dict(_layer_rule(rule) for rule in layer_bits)
+    changes: dict[str, Any] = {}
+    implied: dict[str, Any] = {}
+    said: dict[str, str] = {}  # setting -> the option that changed it, as it was typed
+    for name, value in given.items():
+        setting, option = OPTIONS[name]
+        if value is None or value is False or value == []:
+            continue
+        typed = _typed(name)
+        if isinstance(option, Flag):
+            changed, implied = option.sets, implied | dict(option.implies)
+        else:
+            value = value.value if isinstance(value, Enum) else value
+            changed, typed = option.read(value) if option.read else value, f"{typed} {value}"
+        if setting.name in said:
+            raise ValueError(f"{said[setting.name]} and {typed} contradict each other: each sets {setting.name}")
+        changes[setting.name], said[setting.name] = changed, typed
+    changes = implied | changes
     return PreQuantConfig.paper(**changes) if paper else PreQuantConfig(**changes)
-
-
-def _layer_rule(rule: str) -> tuple[str, int]:
-    blocks, separator, bits = rule.rpartition("=")
-    if not separator or not bits.isdecimal():
-        raise ValueError(f"layer_bits must be rules such as layers.0-7=2, got {rule!r}")
-    return blocks, int(bits)
 
 
 def quantize_command(model: str, layer_bits: Mapping[str, int]) -> str:

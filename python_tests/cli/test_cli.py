@@ -179,21 +179,6 @@ def test_options_reach_the_config(float_model, tmp_path):
     assert {name: config[name] for name in wanted} == wanted
 
 
-def test_paper_settings_can_be_overridden(float_model, tmp_path):
-    config = run("quantize", float_model, "-o", tmp_path / "q", "--paper", "--r", "1", "--json")["config"]
-    assert (config["activation_granularity"], config["embedding_granularity"], config["init"], config["r"]) == (
-        "tensor",
-        "tensor",
-        "dequantized",
-        1,
-    )
-
-
-def test_train_scales_means_no_outlier_dimensions(float_model, tmp_path):
-    config = run("quantize", float_model, "-o", tmp_path / "q", "--train-scales", "--json")["config"]
-    assert (config["train_scales"], config["r"]) == (True, 0)
-
-
 def test_an_existing_output_is_refused_unless_overwritten(base, float_model, tmp_path):
     out = tmp_path / "q"
     out.mkdir()
