@@ -124,6 +124,15 @@ def circles(edges: dict[str, set[str]]) -> list[str]:
     return sorted(module for module, own in reached.items() if module in own)
 
 
+def reached(modules: set[str]) -> set[str]:
+    """``modules``, and all that they import, through others too; of __init__ only where it is one of ``modules``."""
+    seen, left = set(), set(modules)
+    while left:
+        seen |= left
+        left = set().union(*map(imported, left)) - seen - {"__init__"}
+    return seen
+
+
 def test_every_module_has_its_place():
     listed = [name for names in ROOMS for name in names]
     assert len(listed) == len(set(listed))
@@ -147,11 +156,7 @@ def test_no_module_imports_itself_by_way_of_others():
 
 def test_what_is_asked_of_a_run_needs_no_torch():
     """Settings and results of runs, and the experiments as data: lists, estimates and tables need no torch."""
-    seen, left = set(), ["glue.run", "study.experiments"]
-    while left:
-        module = left.pop()
-        seen.add(module)
-        left += [other for other in imported(module) if other not in seen and other != "__init__"]
+    seen = reached({"glue.run", "study.experiments"})
     importing = []
     for module in sorted(seen):
         for node in ast.parse(MODULES[module].read_text()).body:
@@ -159,6 +164,12 @@ def test_what_is_asked_of_a_run_needs_no_torch():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             importing += [module] * any(name.split(".")[0] in ("torch", "transformers") for name in names)
     assert importing == [] and {"baselines.options", "glue.tasks", "config"} <= seen
+
+
+def test_the_server_takes_in_model_directories_and_no_baselines():
+    """Not through others either: import prequant_ext.serve runs __init__, too."""
+    seen = reached({"__init__", *(module for module in MODULES if room(module) == "serve")})
+    assert "directory" in seen and not {module for module in seen if room(module) in ("baselines", "cli", "study")}
 
 
 def options_of(command: Any) -> set[str]:
