@@ -88,12 +88,15 @@ def _write_task(model: Any, name: str, out: Path, result: "RunResult") -> None:
     from prequant_ext.task import save_task
 
     out.mkdir(parents=True, exist_ok=True)
+    task = TASKS[name]
     facts = {
         "data": result.data,
-        "num_labels": str(TASKS[name].num_labels),
+        "num_labels": str(task.num_labels),
         "max_length": str(result.max_length),
         "score": repr(result.score),
     }
+    if result.data == "glue":  # GLUE's names say nothing of generated rows
+        facts["labels"] = json.dumps(task.label_names)
     save_task(model, name, out / f"{name}.task", facts)
 
 

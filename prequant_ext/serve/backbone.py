@@ -2,6 +2,7 @@
 mix of tasks in one forward.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,8 +36,8 @@ class TooManyTasks(ValueError):
 class ServedTask:
     """What a server tells of a task.
 
-    labels     their names: GLUE's, where the task is one of GLUE and was trained on it, else 0 to n - 1; () for a
-               regression
+    labels     their names, as the task file's metadata has them. Without that key GLUE's, where the task is one of GLUE
+               and was trained on it, else 0 to n - 1. () for a regression
     num_texts  1 or 2, as GLUE has it; None: either
     version    counts what this server has loaded: an answer names the values that it comes from
     """
@@ -127,7 +128,9 @@ class Backbone:
         if glue is not None and glue.num_labels != num_labels:
             glue = None
         labels: tuple[str, ...] = () if num_labels == 1 else tuple(map(str, range(num_labels)))
-        if glue is not None and metadata.get("data") != "synthetic":
+        if "labels" in metadata:
+            labels = _named_labels(path, metadata["labels"], len(labels))
+        elif glue is not None and metadata.get("data") != "synthetic":
             labels = glue.label_names
         length = self.settings.max_length or _number(path, metadata, "max_length", DEFAULT_LENGTH)
         if not MIN_LENGTH <= length <= self.longest:
@@ -219,6 +222,18 @@ def _number(path: Path, metadata: Mapping[str, str], key: str, default: int | No
 def number_of_labels(path: Path, metadata: Mapping[str, str]) -> int:
     """From a task file's metadata. Raises ValueError where it does not say."""
     return _number(path, metadata, "num_labels")
+
+
+def _named_labels(path: Path, text: str, count: int) -> tuple[str, ...]:
+    """The names of a task's labels from its metadata. Raises ValueError where they are not ``count`` different ones."""
+    try:
+        names = json.loads(text)
+    except json.JSONDecodeError:
+        names = None
+    is_list = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    if not is_list or len(names) != count or len(set(names)) != count:
+        raise ValueError(f"{path}: labels in its metadata must be a JSON list of {count} different names, got {text!r}")
+    return tuple(names)
 
 
 def _with_room(tensor: Tensor, num_labels: int, shape: torch.Size | None, room: int) -> Tensor:

@@ -15,9 +15,11 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from prequant_ext import directory
 from prequant_ext.glue import train
+from prequant_ext.glue.tasks import TASKS, load_rows
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.model import plan
 from prequant_ext.report import Report
+from prequant_ext.task_file import read_task
 from support.command_line import run
 
 COMMANDS = ("quantize", "inspect", "finetune", "eval", "merge", "export hf", "export onnx", "doctor")
@@ -269,6 +271,18 @@ def test_finetune_writes_a_task_file_and_results_and_nothing_else(tasks):
     result = json.loads((tasks / "results.json").read_text())["sst2"]
     assert (result["method"], result["data"], result["n_train"]) == ("prequant", "synthetic", 128)
     assert (tasks / "sst2.task").stat().st_size - result["task_bytes"] <= 20_000
+
+
+@pytest.mark.parametrize("task", ["sst2", "stsb"])
+def test_the_task_file_names_the_labels_that_glue_names(task, base, tasks, tmp_path):
+    (tmp_path / "data" / task).mkdir(parents=True)
+    for split in ("train", "validation"):
+        rows = load_rows(TASKS[task], split, source="synthetic", max_rows=32)
+        (tmp_path / "data" / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("finetune", base, "--task", task, "--data-dir", tmp_path / "data", "--epochs", "1", "-o", tmp_path / "out")
+    metadata, _ = read_task(tmp_path / "out" / f"{task}.task")
+    assert json.loads(metadata["labels"]) == {"sst2": ["negative", "positive"], "stsb": []}[task]
+    assert "labels" not in read_task(tasks / "sst2.task")[0]  # of generated rows
 
 
 def test_eval_repeats_the_score_to_the_last_digit(base, tasks):
