@@ -162,7 +162,7 @@ def table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 
 def plan_table(plan_rows: Sequence[PlanRow]) -> tuple[Sequence[str], list[Sequence[str]], str]:
-    """Titles, rows and caption for console.show."""
+    """Titles, rows and caption of a plan's table."""
     rows: list[Sequence[str]] = []
     for row in plan_rows:
         shape, size = f"{row.shape[0]} x {row.shape[1]}", f"{row.bytes / 1e3:,.1f}"

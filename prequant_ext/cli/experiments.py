@@ -1,5 +1,6 @@
 """experiment, report: the paper's tables and figures."""
 
+import math
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -71,7 +72,16 @@ def experiment(
             measure_errors(model, out)
             return say(f"wrote {out / 'fig4.json'}; prequant report draws it")
         study, path = plan_experiment(
-            name.value, model, tasks, seeds, how, data.value, data_dir, epochs, max_train, rates
+            name.value,
+            model,
+            tasks.split(",") if tasks else None,
+            seeds_of(seeds) if seeds else None,
+            how,
+            data.value,
+            data_dir,
+            epochs,
+            max_train,
+            rates_of(rates) if rates else {},
         )
         if only_list:
             return list_experiment(study, out, jobs)
@@ -79,6 +89,32 @@ def experiment(
         if failed:
             say(f"{len(failed)} runs failed; the same command tries them again")
             raise typer.Exit(FAILED)
+
+
+def seeds_of(text: str) -> list[int]:
+    """Of "0,1,2". Raises ValueError for anything else."""
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise ValueError(f"seeds must be integers separated by commas, got {text!r}") from None
+
+
+def rates_of(text: str) -> dict[str, float]:
+    """[TASK/]METHOD -> learning rate of [TASK/]METHOD=RATE, separated by commas."""
+    from prequant_ext.baselines import METHODS
+
+    pairs = [pair.partition("=")[::2] for pair in text.split(",")]
+    try:
+        rates: dict[str, float] | None = {name: float(rate) for name, rate in pairs}
+    except ValueError:
+        rates = None
+    if rates is None or not all(
+        0 < rate < math.inf and name.rpartition("/")[2] in METHODS for name, rate in rates.items()
+    ):
+        raise ValueError(
+            f"rates must be like ft=1e-4,mrpc/prequant=5e-3, of the methods {', '.join(METHODS)}, got {text!r}"
+        )
+    return rates
 
 
 def list_experiment(study: "Study", out: Path, jobs: int) -> None:
