@@ -1,4 +1,5 @@
-// One kernel of one level (-DCOUNTS_LEVEL=portable) on random numbers, without Python or torch: bench/counts.py counts its instructions.
+// One kernel of one level (-DCOUNTS_LEVEL=portable) on random numbers, without Python or torch: bench/counts.py counts
+// its instructions.
 //
 //     counts <operator> <M> <N> <K>        called twice; the second call is made by measured()
 #include <cstdio>
@@ -72,20 +73,24 @@ struct Problem {
         fill(x), fill(y), fill(values), fill(bias);
         for (uint8_t& byte : packed) byte = static_cast<uint8_t>(next());
         for (int64_t j = 0; j < kOutliers; ++j) dims.push_back(j * K / kOutliers);
-        kernels.quantize_activations({x.data(), Dtype::float32, M, K}, true, 1, nullptr, 0, codes.data(), x_scale.data(), x_zero_point.data(), x_sums.data(),
-                                     {});
+        kernels.quantize_activations({x.data(), Dtype::float32, M, K}, true, 1, nullptr, 0, codes.data(),
+                                     x_scale.data(), x_zero_point.data(), x_sums.data(), {});
         if (kernels.linear_reads_prepacked) {
-            prepacked.resize(static_cast<size_t>(ceil_div(N, kPanelRows) * kPanelRows * (packed_row_bytes(K, kContainer) + 64)));
+            prepacked.resize(
+                static_cast<size_t>(ceil_div(N, kPanelRows) * kPanelRows * (packed_row_bytes(K, kContainer) + 64)));
             kernels.prepack(packed.data(), N, K, kContainer, prepacked.data(), {});
         }
     }
 
     Weight weight() const {
         const bool is_prepacked = !prepacked.empty();
-        return {is_prepacked ? prepacked.data() : packed.data(), &scale, &zero_point, N, K, 1, 1, kContainer, is_prepacked};
+        return {
+            is_prepacked ? prepacked.data() : packed.data(), &scale, &zero_point, N, K, 1, 1, kContainer, is_prepacked};
     }
     Outliers outliers() const { return {dims.data(), values.data(), kOutliers, 1}; }
-    Activations activations() const { return {codes.data(), x_scale.data(), x_zero_point.data(), x_sums.data(), M, K, true}; }
+    Activations activations() const {
+        return {codes.data(), x_scale.data(), x_zero_point.data(), x_sums.data(), M, K, true};
+    }
 
     void call(const Kernels& kernels, const std::string& op) {
         const Matrix input{x.data(), Dtype::float32, M, K}, grad_y{y.data(), Dtype::float32, M, N};
@@ -97,7 +102,8 @@ struct Problem {
         } else if (op == "linear_dx") {
             kernels.linear_dx(grad_y, weight(), outliers(), false, grad_x, {});
         } else if (op == "quantize_activations") {
-            kernels.quantize_activations(input, true, 1, nullptr, 0, codes.data(), x_scale.data(), x_zero_point.data(), x_sums.data(), {});
+            kernels.quantize_activations(input, true, 1, nullptr, 0, codes.data(), x_scale.data(), x_zero_point.data(),
+                                         x_sums.data(), {});
         } else {
             std::fprintf(stderr, "counts: no operator %s here\n", op.c_str());
             std::exit(2);
@@ -110,7 +116,8 @@ struct Problem {
 }  // namespace prequant
 
 // Callgrind counts between entry and return of this function, which it finds by name.
-extern "C" __attribute__((noinline)) void measured(prequant::Problem& problem, const prequant::Kernels& kernels, const std::string& op) {
+extern "C" __attribute__((noinline)) void measured(prequant::Problem& problem, const prequant::Kernels& kernels,
+                                                   const std::string& op) {
     problem.call(kernels, op);
 }
 

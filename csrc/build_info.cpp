@@ -1,4 +1,5 @@
-// What this library was built with and what it uses: "isa=...;cuda=...;arch=...;cpu_ops=...;cuda_ops=...". Read by doctor.py.
+// What this library was built with and what it uses: "isa=...;cuda=...;arch=...;cpu_ops=...;cuda_ops=...". Read by
+// doctor.py.
 #include <string>
 
 #include "cpu/isa/level.h"
@@ -36,7 +37,8 @@ std::string operators(const Kernels& kernels) {
     PREQUANT_ENTRY(outlier_grad);
     PREQUANT_ENTRY(scale_grad);
 #undef PREQUANT_ENTRY
-    static_assert(sizeof(Kernels) == 19 * sizeof(void (*)()), "list the new operator above");  // 17 of them, and two entries about them
+    // 17 operators, and two entries about them.
+    static_assert(sizeof(Kernels) == 19 * sizeof(void (*)()), "list the new operator above");
     return names;
 }
 

@@ -18,15 +18,17 @@ static const Kernels* cuda_table() { return &cuda_kernels(); }
 static const Kernels* cuda_table() { return nullptr; }
 #endif
 
-// The stable ABI knows the native stream from torch 2.13 on. Before, it is a C function of libtorch_cuda, which a CPU build of torch
-// lacks: looked up at the first CUDA call, so that one library loads under both.
+// The stable ABI knows the native stream from torch 2.13 on. Before, it is a C function of libtorch_cuda, which a CPU
+// build of torch lacks: looked up at the first CUDA call, so that one library loads under both.
 static void* current_cuda_stream(int32_t device) {
     using GetStream = int32_t (*)(int32_t, void**);
     static const GetStream get_stream = [] {
         void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
         return library ? reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
     }();
-    STD_TORCH_CHECK(get_stream != nullptr, "this torch cannot name its CUDA stream (aoti_torch_get_current_cuda_stream is not in libtorch_cuda.so)");
+    STD_TORCH_CHECK(
+        get_stream != nullptr,
+        "this torch cannot name its CUDA stream (aoti_torch_get_current_cuda_stream is not in libtorch_cuda.so)");
     void* stream = nullptr;
     STD_TORCH_CHECK(get_stream(device, &stream) == 0, "torch gave no current CUDA stream for cuda:", device);
     return stream;
@@ -73,10 +75,11 @@ void Device::activate() {
 
 void Device::missing(const char* op) const {
     STD_TORCH_CHECK(false, "prequant::", op, " has no kernel for ", name_, " in this build",
-                    cuda_table() == nullptr
-                        ? " (built without CUDA). Rebuild where nvcc is found: PREQUANT_CUDA=1 pip install --no-build-isolation --force-reinstall ."
-                        : ". Move the tensors to the CPU, or rebuild from a version whose `prequant doctor` lists the operator for this device: "
-                          "PREQUANT_CUDA=1 pip install --no-build-isolation --force-reinstall .");
+                    cuda_table() == nullptr ? " (built without CUDA). Rebuild where nvcc is found: PREQUANT_CUDA=1 pip "
+                                              "install --no-build-isolation --force-reinstall ."
+                                            : ". Move the tensors to the CPU, or rebuild from a version whose "
+                                              "`prequant doctor` lists the operator for this device: "
+                                              "PREQUANT_CUDA=1 pip install --no-build-isolation --force-reinstall .");
     __builtin_unreachable();
 }
 

@@ -1,24 +1,27 @@
 // Bit-packed formats: the only copy of their index arithmetic, for host and device.
 //
-//   canonical row, container 4        byte      0       1     ...        Element k of a row sits in the lowest free bits first;
-//                                     bits    7..0    7..0               a row starts on a byte, its last byte is padded with 0 bits.
-//                                     codes   1 0     3 2     ...        Container 2 holds four codes a byte, container 8 one.
+//   canonical row, container 4      byte     0      1    ...     Element k of a row sits in the lowest free bits first;
+//                                   bits   7..0   7..0           a row starts on a byte, its last byte is padded with
+//                                   codes  1 0    3 2    ...     0 bits. Container 2 holds four codes a byte,
+//                                                                container 8 one.
 //
-//   prepacked panel (CPU)             word w of panel p, 64 bytes:       Words of 32 bits of 16 rows side by side: one 512-bit load brings the
-//                                     row 16p | 16p+1 | ... | 16p+15     next 32 / container codes of each of 16 rows. Code i of a word lies in
-//                                     4 bytes of each                    byte i % 4 at bit container * (i / 4): a shift and a mask bring four
-//                                                                        consecutive codes as four bytes, or every other one as two int16.
-//                                     after the last word 16 int32:      Missing rows and codes are 0.
-//                                     the sum of each row's codes
+//   prepacked panel (CPU)           word w of panel p, 64 bytes:      Words of 32 bits of 16 rows side by side: one
+//                                   row 16p | 16p+1 | ... | 16p+15    512-bit load brings the next 32 / container codes
+//                                   4 bytes of each                   of each of 16 rows. Code i of a word lies in byte
+//                                                                     i % 4 at bit container * (i / 4): a shift and a
+//                                   after the last word 16 int32:     mask bring four consecutive codes as four bytes,
+//                                   the sum of each row's codes       or every other one as two int16. Missing rows and
+//                                                                     codes are 0.
 //
-//   tensor-core chunk (CUDA)          16 rows (n) x 64 columns (k), kept lane by lane: lane 4g + t of a warp holds 32 codes, at 4 bits
-//                                     16 bytes, one 128-bit load. Its code i, from the lowest bits up, is
+//   tensor-core chunk (CUDA)       16 rows (n) x 64 columns (k), kept lane by lane: lane 4g + t of a warp holds 32
+//                                  codes, at 4 bits 16 bytes, one 128-bit load. Its code i, from the lowest bits up, is
 //
-//                                         i = 8 j + 4 s + 2 kk + nn           n = g + 8 nn,  k = 16 j + 8 kk + 2 t + s
+//                                      i = 8 j + 4 s + 2 kk + nn           n = g + 8 nn,  k = 16 j + 8 kk + 2 t + s
 //
-//                                     so word j of a lane (4 bits) is its part of the 16 x 16 tile j, and the two codes of one register of an
-//                                     mma operand, s = 0 and s = 1, are 16 bits apart. Missing rows and columns are 0. Chunks of 16 rows lie
-//                                     side by side along k:  chunk (n / 16, k / 64) is number n / 16 * ceil(K / 64) + k / 64.
+//                                  so word j of a lane (4 bits) is its part of the 16 x 16 tile j, and the two codes of
+//                                  one register of an mma operand, s = 0 and s = 1, are 16 bits apart. Missing rows and
+//                                  columns are 0. Chunks of 16 rows lie side by side along k:
+//                                  chunk (n / 16, k / 64) is number n / 16 * ceil(K / 64) + k / 64.
 #pragma once
 
 #include <cstdint>
@@ -44,12 +47,15 @@ PREQUANT_HOST_DEVICE constexpr int code_at(const uint8_t* row, int64_t k, int co
     return (row[k / per_byte] >> (static_cast<int>(k % per_byte) * container)) & ((1 << container) - 1);
 }
 
-constexpr int64_t kPanelRows = 16;   // rows of a prepacked panel
+constexpr int64_t kPanelRows = 16;  // rows of a prepacked panel
 constexpr int64_t kPanelBytes = 64;  // of one word, or sum, of each of them
 
 PREQUANT_HOST_DEVICE constexpr int word_codes(int container) { return 32 / container; }
-PREQUANT_HOST_DEVICE constexpr int64_t panel_words(int64_t K, int container) { return ceil_div(K, word_codes(container)); }
-PREQUANT_HOST_DEVICE constexpr int word_shift(int i, int container) { return 8 * (i % 4) + container * (i / 4); }  // of code i of a word
+PREQUANT_HOST_DEVICE constexpr int64_t panel_words(int64_t K, int container) {
+    return ceil_div(K, word_codes(container));
+}
+// Of code i of a word.
+PREQUANT_HOST_DEVICE constexpr int word_shift(int i, int container) { return 8 * (i % 4) + container * (i / 4); }
 
 // Where word k / word_codes of row n lies in the prepacked buffer.
 PREQUANT_HOST_DEVICE constexpr int64_t panel_offset(int64_t n, int64_t word, int64_t words) {
@@ -69,6 +75,8 @@ PREQUANT_HOST_DEVICE constexpr int chunk_code(int n, int k) { return k / 16 * 8 
 
 // The inverse: row and column of code i of a lane.
 PREQUANT_HOST_DEVICE constexpr int chunk_row(int lane, int i) { return lane / 4 + i % 2 * 8; }
-PREQUANT_HOST_DEVICE constexpr int chunk_column(int lane, int i) { return i / 8 * 16 + i / 2 % 2 * 8 + lane % 4 * 2 + i / 4 % 2; }
+PREQUANT_HOST_DEVICE constexpr int chunk_column(int lane, int i) {
+    return i / 8 * 16 + i / 2 % 2 * 8 + lane % 4 * 2 + i / 4 % 2;
+}
 
 }  // namespace prequant

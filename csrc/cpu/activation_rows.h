@@ -11,7 +11,8 @@ struct ActivationRows {
     Activations codes;
 
     bool has_floats() const { return floats.data != nullptr; }
-    int64_t columns() const { return larger(floats.cols, codes.K); }  // the one that is not set has none; an empty one's data is null too
+    // The one that is not set has no columns; an empty one's data is null too.
+    int64_t columns() const { return larger(floats.cols, codes.K); }
     int64_t token(int64_t m) const { return codes.per_token ? m : 0; }
 
     // Columns k .. k + count of row m; a pointer into the data itself where that is float32.
@@ -31,10 +32,13 @@ struct ActivationRows {
 };
 
 // The matrices (M, r) that stand beside a product are kept for so many rows at a time: 1 MiB, or one block of rows.
-inline int64_t side_rows(int64_t r, int64_t block) { return larger<int64_t>(1, (int64_t{1} << 18) / larger<int64_t>(1, r) / block) * block; }
+inline int64_t side_rows(int64_t r, int64_t block) {
+    return larger<int64_t>(1, (int64_t{1} << 18) / larger<int64_t>(1, r) / block) * block;
+}
 
 // side[i * r + j] = x̂[m + i, dims[j]]
-inline void gather_columns(const ActivationRows& x, int64_t m, int64_t rows, const int64_t* dims, int64_t r, float* side) {
+inline void gather_columns(const ActivationRows& x, int64_t m, int64_t rows, const int64_t* dims, int64_t r,
+                           float* side) {
     parallel_for(rows, 2 * r, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
             for (int64_t j = 0; j < r; ++j) side[i * r + j] = x.at(m + i, dims[j]);
@@ -43,7 +47,8 @@ inline void gather_columns(const ActivationRows& x, int64_t m, int64_t rows, con
 
 constexpr int kDotRows = 4, kDotOutliers = 5;
 
-// out[i * out_stride + j] = sum over k of a[i][k] b[j][k]: Outliers rows of b against kDotRows rows of a, along vectors of k.
+// out[i * out_stride + j] = sum over k of a[i][k] b[j][k]: Outliers rows of b against kDotRows rows of a, along vectors
+// of k.
 template <int Outliers>
 void dot_tile(int64_t count, const float* const* a, const float* b, int64_t b_stride, float* out, int64_t out_stride) {
     Vector sums[kDotRows][Outliers];
@@ -67,7 +72,8 @@ void dot_tile(int64_t count, const float* const* a, const float* b, int64_t b_st
 }
 
 // side[i * stride + j] = sum over k of x̂[m + i, k] values[j * K + k], j below r
-inline void multiply_rows(const ActivationRows& x, int64_t m, int64_t rows, const float* values, int64_t K, int64_t r, float* side, int64_t stride) {
+inline void multiply_rows(const ActivationRows& x, int64_t m, int64_t rows, const float* values, int64_t K, int64_t r,
+                          float* side, int64_t stride) {
     constexpr int64_t kChunk = 1024;
     using Dot = void (*)(int64_t, const float* const*, const float*, int64_t, float*, int64_t);
     static constexpr Dot kByOutliers[] = {nullptr, dot_tile<1>, dot_tile<2>, dot_tile<3>, dot_tile<4>, dot_tile<5>};
@@ -82,7 +88,8 @@ inline void multiply_rows(const ActivationRows& x, int64_t m, int64_t rows, cons
                 for (int64_t k = 0; k < K; k += kChunk) {
                     const int64_t count = smaller(kChunk, K - k);
                     const float* a[kDotRows];
-                    for (int i = 0; i < kDotRows; ++i) a[i] = x.load(m + first + smaller<int64_t>(i, height - 1), k, count, scratch[i]);
+                    for (int i = 0; i < kDotRows; ++i)
+                        a[i] = x.load(m + first + smaller<int64_t>(i, height - 1), k, count, scratch[i]);
                     kByOutliers[width](count, a, values + j * K + k, K, out, kDotOutliers);
                 }
                 for (int64_t i = 0; i < height; ++i)

@@ -45,17 +45,21 @@ inline void pack_codes(const uint8_t* codes, int64_t begin, int64_t count, int c
         for (int64_t j = 0; j < whole; ++j) bytes[j] = static_cast<uint8_t>(codes[2 * j] | codes[2 * j + 1] << 4);
     } else {
         for (int64_t j = 0; j < whole; ++j)
-            bytes[j] = static_cast<uint8_t>(codes[4 * j] | codes[4 * j + 1] << 2 | codes[4 * j + 2] << 4 | codes[4 * j + 3] << 6);
+            bytes[j] = static_cast<uint8_t>(codes[4 * j] | codes[4 * j + 1] << 2 | codes[4 * j + 2] << 4 |
+                                            codes[4 * j + 3] << 6);
     }
     if (whole * per_byte == count) return;
     int last = 0;
-    for (int64_t k = whole * per_byte; k < count; ++k) last |= codes[k] << static_cast<int>((k - whole * per_byte) * container);
+    for (int64_t k = whole * per_byte; k < count; ++k)
+        last |= codes[k] << static_cast<int>((k - whole * per_byte) * container);
     bytes[whole] = static_cast<uint8_t>(last);
 }
 
-// body(begin, end, block) for the parts of row n's columns k_begin .. k_end that share a scale; `block` indexes scale and zero_point.
+// body(begin, end, block) for the parts of row n's columns k_begin .. k_end that share a scale; `block` indexes scale
+// and zero_point.
 template <typename Body>
-inline void for_each_block(int64_t n, int64_t k_begin, int64_t k_end, int64_t K, int64_t scale_rows, int64_t G, const Body& body) {
+inline void for_each_block(int64_t n, int64_t k_begin, int64_t k_end, int64_t K, int64_t scale_rows, int64_t G,
+                           const Body& body) {
     const int64_t first = (scale_rows == 1 ? 0 : n) * G, size = K / G;
     for (int64_t begin = k_begin; begin < k_end;) {
         const int64_t g = begin / size, end = smaller(k_end, (g + 1) * size);
@@ -66,13 +70,16 @@ inline void for_each_block(int64_t n, int64_t k_begin, int64_t k_end, int64_t K,
 
 // (code - zero_point) * scale of row n, columns begin .. begin + count, through `codes`, scratch of `count` bytes.
 // A null scale counts as 1.
-inline void dequantize_codes(const Weight& weight, int64_t n, int64_t begin, int64_t count, uint8_t* codes, float* values) {
+inline void dequantize_codes(const Weight& weight, int64_t n, int64_t begin, int64_t count, uint8_t* codes,
+                             float* values) {
     unpack_codes(weight.row(n), begin, count, weight.container, codes);
-    for_each_block(n, begin, begin + count, weight.K, weight.scale_rows, weight.G, [&](int64_t k_begin, int64_t k_end, int64_t block) {
-        const int zero = weight.zero_point[block];
-        const float scale = weight.scale ? weight.scale[block] : 1.0f;
-        for (int64_t k = k_begin - begin; k < k_end - begin; ++k) values[k] = static_cast<float>(codes[k] - zero) * scale;
-    });
+    for_each_block(n, begin, begin + count, weight.K, weight.scale_rows, weight.G,
+                   [&](int64_t k_begin, int64_t k_end, int64_t block) {
+                       const int zero = weight.zero_point[block];
+                       const float scale = weight.scale ? weight.scale[block] : 1.0f;
+                       for (int64_t k = k_begin - begin; k < k_end - begin; ++k)
+                           values[k] = static_cast<float>(codes[k] - zero) * scale;
+                   });
 }
 
 }  // namespace prequant::PREQUANT_LEVEL

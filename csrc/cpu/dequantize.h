@@ -1,4 +1,4 @@
-// dense[n] = (code - zero_point) * scale of rows row_begin .., in float32, then cast.                          Meaning: reference.dequantize
+// dense[n] = (code - zero_point) * scale of rows row_begin .., in float32, then cast.     Meaning: reference.dequantize
 //
 // Limited by the bytes of `dense`.
 #pragma once

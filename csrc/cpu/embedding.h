@@ -1,4 +1,5 @@
-// rows[i] = (codes[ids[i]] - zero_point) * scale in float32, then cast; one range a row of the table, or one for all.   Meaning: reference.embedding
+// rows[i] = (codes[ids[i]] - zero_point) * scale in float32, then cast; one range a row of the table, or one for all.
+//                                                                                          Meaning: reference.embedding
 //
 // Limited by the bytes of `rows`.
 #pragma once
@@ -7,8 +8,8 @@
 
 namespace prequant::PREQUANT_LEVEL {
 
-inline void embedding(const int64_t* ids, const uint8_t* codes, const float* scale, const uint8_t* zero_point, int64_t, bool per_row, MutableMatrix rows,
-                      Stream) {
+inline void embedding(const int64_t* ids, const uint8_t* codes, const float* scale, const uint8_t* zero_point, int64_t,
+                      bool per_row, MutableMatrix rows, Stream) {
     constexpr int64_t kChunk = 2048;
     parallel_for(rows.rows, rows.cols / 4, [&](int64_t begin, int64_t end) {
         float values[kChunk];

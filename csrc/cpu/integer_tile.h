@@ -1,9 +1,11 @@
 // One tile of the integer products: a few rows of a against a panel of kPanelColumns columns.
 //
 //   a       row i at a + i * stride: a lane of 32 bits a step, four unsigned bytes or two int16
-//   panel   step s: kPanelColumns lanes, signed bytes or int16                       step s of row i times column c adds up to one int32
+//   panel   step s: kPanelColumns lanes, signed bytes or int16              step s of row i times column c adds up to
+//                                                                           one int32
 //
-// avx512 keeps 12 x 32 sums in its registers, the others 3 x 32 or (portable) 3 x 16; columns beyond come in a second pass.
+// avx512 keeps 12 x 32 sums in its registers, the others 3 x 32 or (portable) 3 x 16; columns beyond come in a second
+// pass.
 //
 // Sums in    int32, which must hold the result; what lies between may wrap around.
 // Limited by the multiply-adds; avx2 by the number of its instructions, 27 for a step of 3 x 32 x 4.
@@ -39,8 +41,8 @@ struct Index {
     constexpr operator int() const { return I; }
 };
 
-// body(Index<0>{}), body(Index<1>{}), ...: no loop even before the optimizer, which keeps an array in registers only where each index is a constant from
-// the start.
+// body(Index<0>{}), body(Index<1>{}), ...: no loop even before the optimizer, which keeps an array in registers only
+// where each index is a constant from the start.
 template <int Count, typename Body>
 inline __attribute__((always_inline)) void unrolled(const Body& body) {
     if constexpr (Count > 0) {
@@ -88,20 +90,23 @@ struct TilePosition {
 
 template <int Rows, typename Body>
 inline PREQUANT_INLINE void for_each_sum(const Body& body) {
-    unrolled<Rows>([&](auto i) PREQUANT_INLINE { unrolled<kTileVectors>([&](auto v) PREQUANT_INLINE { body(i, v); }); });
+    unrolled<Rows>([&](auto i)
+                       PREQUANT_INLINE { unrolled<kTileVectors>([&](auto v) PREQUANT_INLINE { body(i, v); }); });
 }
 
 // finish(row, column, sum) takes the sums of kLanes columns from `column` on.
 template <typename Product, int Rows, typename Finish>
-inline void multiply_integer_tile(int64_t steps, const char* a, int64_t stride, const char* panel, const Finish& finish) {
+inline void multiply_integer_tile(int64_t steps, const char* a, int64_t stride, const char* panel,
+                                  const Finish& finish) {
     for (int first = 0; first < kColumnVectors; first += kTileVectors) {
         TilePosition<Product, Rows> position(a, stride, reinterpret_cast<const Ints*>(panel) + first);
         Ints sums[Rows][kTileVectors];
         for_each_sum<Rows>([&](auto i, auto v) PREQUANT_INLINE { sums[i][v] = Ints{}; });
         int64_t left = steps;
         if constexpr (Product::kHasRuns) {
-            const auto add_sums = [&](const auto& run)
-                                      PREQUANT_INLINE { for_each_sum<Rows>([&](auto i, auto v) PREQUANT_INLINE { add_run(sums[i][v], run[i][v]); }); };
+            const auto add_sums = [&](const auto& run) PREQUANT_INLINE {
+                for_each_sum<Rows>([&](auto i, auto v) PREQUANT_INLINE { add_run(sums[i][v], run[i][v]); });
+            };
             for (; left >= kByteRun; left -= kByteRun) {
                 Ints run[Rows][kTileVectors];
                 position.template step<true>(run);
@@ -127,7 +132,8 @@ inline void multiply_integer_tile(int64_t steps, const char* a, int64_t stride, 
 
 // The same for any number of rows, in tiles of nearly equal height.
 template <typename Product, typename Finish>
-inline void multiply_integer_panel(int64_t rows, int64_t steps, const char* a, int64_t stride, const char* panel, const Finish& finish) {
+inline void multiply_integer_panel(int64_t rows, int64_t steps, const char* a, int64_t stride, const char* panel,
+                                   const Finish& finish) {
     for (int64_t tiles = ceil_div(rows, kIntegerTileRows), i = 0; tiles > 0; --tiles) {
         const int64_t height = ceil_div(rows - i, tiles);
         const char* const from = a + i * stride;

@@ -1,13 +1,14 @@
 // The two integer products that kernels are made of, on lanes of 32 bits:
 //
 //   dot_words   sum += a0 w0 + a1 w1                     two int16 each           vpdpwssd; avx2: vpmaddwd, vpaddd
-//   dot_bytes   sum += a0 w0 + a1 w1 + a2 w2 + a3 w3     a unsigned, w signed     vpdpbusd; avx2: vpmaddubsw, vpaddw; portable: none
+//   dot_bytes   sum += a0 w0 + a1 w1 + a2 w2 + a3 w3     a unsigned, w signed     vpdpbusd; avx2: vpmaddubsw, vpaddw;
+//                                                                                 portable: none
 //
-// In assembly, since GCC 12 copies and spills the accumulators of the intrinsics, which halves the speed. Where there are 16 registers, w comes straight
-// from memory: an instruction less for each use.
+// In assembly, since GCC 12 copies and spills the accumulators of the intrinsics, which halves the speed. Where there
+// are 16 registers, w comes straight from memory: an instruction less for each use.
 //
-// Requires   avx2: |w| <= kByteLimit, for dot_bytes keeps two int16 sums in a lane. Each step adds at most 2 * 255 * 8 to one of them, so that
-//            kByteRun steps fit; then add_run moves them to int32.
+// Requires   avx2: |w| <= kByteLimit, for dot_bytes keeps two int16 sums in a lane. Each step adds at most 2 * 255 * 8
+//            to one of them, so that kByteRun steps fit; then add_run moves them to int32.
 #pragma once
 
 #include "numbers.h"
@@ -31,12 +32,16 @@ static_assert(kByteRun * 2 * 255 * kByteLimit <= INT16_MAX, "a run must fit int1
 #endif
 
 #if defined(PREQUANT_EMULATED_ISA) || defined(__SANITIZE_ADDRESS__)
-// In test libraries, for a CPU without these instructions or for AddressSanitizer, which does not see what assembly reads: what they do, lane by lane.
-inline void dot_words(Ints& sum, const Ints& a, const Ints& w) { sum += ((a << 16) >> 16) * ((w << 16) >> 16) + (a >> 16) * (w >> 16); }
+// In test libraries, for a CPU without these instructions or for AddressSanitizer, which does not see what assembly
+// reads: what they do, lane by lane.
+inline void dot_words(Ints& sum, const Ints& a, const Ints& w) {
+    sum += ((a << 16) >> 16) * ((w << 16) >> 16) + (a >> 16) * (w >> 16);
+}
 inline void dot_bytes(Ints& sum, const Ints& a, const Ints& w) {
 #if PREQUANT_AVX2 && !PREQUANT_VNNI
     sum = reinterpret_cast<Ints>(
-        _mm256_add_epi16(reinterpret_cast<__m256i>(sum), _mm256_maddubs_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(w))));
+        _mm256_add_epi16(reinterpret_cast<__m256i>(sum),
+                         _mm256_maddubs_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(w))));
 #else
     for (int byte = 0; byte < 4; ++byte) sum += ((a >> (8 * byte)) & 255) * ((w << (24 - 8 * byte)) >> 24);
 #endif

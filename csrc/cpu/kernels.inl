@@ -1,4 +1,5 @@
-// Every CPU kernel and their table, compiled once for each level: isa/<level>.cpp sets PREQUANT_LEVEL, the namespace, and PREQUANT_AVX512.
+// Every CPU kernel and their table, compiled once for each level: isa/<level>.cpp sets PREQUANT_LEVEL, the namespace,
+// and PREQUANT_AVX512.
 #include "dequantize.h"
 #include "embedding.h"
 #include "linear_dx.h"

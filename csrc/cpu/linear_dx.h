@@ -1,9 +1,12 @@
-// dx = dy (W + outliers), W = (code - zero_point) * scale, from the same packed words as the forward product.      Meaning: reference.linear_dx
+// dx = dy (W + outliers), W = (code - zero_point) * scale, from the same packed words as the forward product.
+//                                                                                          Meaning: reference.linear_dx
 //
-//   float32 where asked for   panels of float32 weights (panel_product.h), as they also serve groups, whose scales change along the columns of dx
-//   otherwise                 dy in blocks of int16 times code - zero_point (block_product.h, which states the error). A scale for each row sits on the
-//                             index that is summed over: dy is multiplied with it in float32 before it is rounded, so that the block's step fits the
-//                             product. Outliers in float32 beside it
+//   float32 where asked for   panels of float32 weights (panel_product.h), as they also serve groups, whose scales
+//                             change along the columns of dx
+//   otherwise                 dy in blocks of int16 times code - zero_point (block_product.h, which states the error).
+//                             A scale for each row sits on the index that is summed over: dy is multiplied with it in
+//                             float32 before it is rounded, so that the block's step fits the product. Outliers in
+//                             float32 beside it
 //
 // Limited by multiply-adds from M of about 16; below by making panels.
 #pragma once
@@ -13,18 +16,22 @@
 
 namespace prequant::PREQUANT_LEVEL {
 
-inline void linear_dx_float(const Matrix& grad_y, const Weight& weight, const Outliers& outliers, const MutableMatrix& grad_x) {
-    panel_product(grad_y, weight.K, nullptr, grad_x, [&](int64_t k, int64_t columns, int64_t n, int64_t count, float* panel, char* words) {
-        backward_panel(weight, n, count, k, panel, words);
-        const int64_t r = outliers.r;
-        for (int64_t j = 0; j < r; ++j) {
-            const int64_t dim = outliers.dims[j];
-            if (outliers.axis == 1 && dim >= k && dim < k + columns)
-                for (int64_t i = 0; i < count; ++i) panel[i * kPanelColumns + (dim - k)] += outliers.values[(n + i) * r + j];
-            if (outliers.axis == 0 && dim >= n && dim < n + count)
-                for (int64_t i = 0; i < columns; ++i) panel[(dim - n) * kPanelColumns + i] += outliers.values[j * weight.K + k + i];
-        }
-    });
+inline void linear_dx_float(const Matrix& grad_y, const Weight& weight, const Outliers& outliers,
+                            const MutableMatrix& grad_x) {
+    panel_product(grad_y, weight.K, nullptr, grad_x,
+                  [&](int64_t k, int64_t columns, int64_t n, int64_t count, float* panel, char* words) {
+                      backward_panel(weight, n, count, k, panel, words);
+                      const int64_t r = outliers.r;
+                      for (int64_t j = 0; j < r; ++j) {
+                          const int64_t dim = outliers.dims[j];
+                          if (outliers.axis == 1 && dim >= k && dim < k + columns)
+                              for (int64_t i = 0; i < count; ++i)
+                                  panel[i * kPanelColumns + (dim - k)] += outliers.values[(n + i) * r + j];
+                          if (outliers.axis == 0 && dim >= n && dim < n + count)
+                              for (int64_t i = 0; i < columns; ++i)
+                                  panel[(dim - n) * kPanelColumns + i] += outliers.values[j * weight.K + k + i];
+                      }
+                  });
 }
 
 // W^T as block_product takes it.

@@ -26,18 +26,23 @@ inline T larger(T a, T b) {
 // body(begin, end) over ranges of 0 .. tasks; `task_cost` in nanoseconds, roughly.
 template <typename Body>
 inline void parallel_for(int64_t tasks, int64_t task_cost, const Body& body) {
-    parallel_ranges(tasks, task_cost, [](int64_t begin, int64_t end, const void* context) { (*static_cast<const Body*>(context))(begin, end); }, &body);
+    parallel_ranges(
+        tasks, task_cost,
+        [](int64_t begin, int64_t end, const void* context) { (*static_cast<const Body*>(context))(begin, end); },
+        &body);
 }
 
-// Half to even, for |x| below 2^22: the addition leaves no bits behind the point. Vectorizes on every CPU, unlike rintf.
+// Half to even, for |x| below 2^22: the addition leaves no bits behind the point. Vectorizes on every CPU, unlike
+// rintf.
 inline float round_even(float x) {
     constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
     return (x + kMagic) - kMagic;
 }
 
-// ---- vectors -----------------------------------------------------------------------------------------------------------------------
+// ---- vectors ----
 
-// 512, 256 or 128 bits. Arithmetic, comparison and shifts are the compiler's own on these types; the few steps that have no operator are functions.
+// 512, 256 or 128 bits. Arithmetic, comparison and shifts are the compiler's own on these types; the few steps that
+// have no operator are functions.
 constexpr int kLanes = PREQUANT_AVX512 ? 16 : PREQUANT_AVX2 ? 8 : 4;
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
@@ -78,7 +83,7 @@ inline float sum_lanes(Vector v) {
     return lanes[0];
 }
 
-// ---- float16 and bfloat16 ------------------------------------------------------------------------------------------------------------
+// ---- float16 and bfloat16 ----
 
 inline uint32_t bits_of(float x) {
     uint32_t bits;
@@ -94,16 +99,21 @@ inline float float_of(uint32_t bits) {
 
 inline float float_from_half(uint16_t half) {
     const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, magnitude = half & 0x7fff;
-    const float normal = float_of((magnitude << 13) + (magnitude < 0x7c00 ? 0x38000000u : 0x70000000u));  // 112 more, or 255: Inf and NaN
+    // The exponent is 112 more, or 255: Inf and NaN.
+    const float normal = float_of((magnitude << 13) + (magnitude < 0x7c00 ? 0x38000000u : 0x70000000u));
     const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
     return float_of(bits_of(magnitude < 0x400 ? subnormal : normal) | sign);
 }
 
 inline uint16_t half_from_float(float x) {
     const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-    const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000;  // 0.5's last bit is 2^-24, the unit of subnormal halves
+    // 0.5's last bit is 2^-24, the unit of subnormal halves.
+    const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000;
     const uint32_t normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13;
-    const uint32_t half = magnitude > 0x7f800000 ? 0x7e00 : magnitude >= 0x477ff000 ? 0x7c00 : magnitude < 0x38800000 ? subnormal : normal;
+    const uint32_t half = magnitude > 0x7f800000    ? 0x7e00
+                          : magnitude >= 0x477ff000 ? 0x7c00
+                          : magnitude < 0x38800000  ? subnormal
+                                                    : normal;
     return static_cast<uint16_t>(half | sign);
 }
 
@@ -126,7 +136,9 @@ inline void load_floats(const void* data, Dtype dtype, int64_t begin, int64_t co
     int64_t i = 0;
     if (dtype == Dtype::float16) {
 #if PREQUANT_AVX512 || PREQUANT_AVX2
-        for (; i + 8 <= count; i += 8) _mm256_storeu_ps(floats + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
+        for (; i + 8 <= count; i += 8)
+            _mm256_storeu_ps(floats + i,
+                             _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
 #endif
         for (; i < count; ++i) floats[i] = float_from_half(source[i]);
     } else {
@@ -151,7 +163,8 @@ inline void store_floats(const float* floats, int64_t count, void* data, Dtype d
     if (dtype == Dtype::float16) {
 #if PREQUANT_AVX512 || PREQUANT_AVX2
         for (; i + 8 <= count; i += 8)
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i), _mm256_cvtps_ph(_mm256_loadu_ps(floats + i), _MM_FROUND_TO_NEAREST_INT));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i),
+                             _mm256_cvtps_ph(_mm256_loadu_ps(floats + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
         for (; i < count; ++i) target[i] = half_from_float(floats[i]);
     } else {

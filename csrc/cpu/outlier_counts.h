@@ -1,6 +1,8 @@
-// Outliers |w - mean| > threshold * std and their clipping energy, for each column and each row.              Meaning: reference.outlier_counts
+// Outliers |w - mean| > threshold * std and their clipping energy, for each column and each row.
+//                                                                                     Meaning: reference.outlier_counts
 //
-// Sums in    int64 that saturates. A sum of such numbers does not depend on its order, so rows are split over threads as they come.
+// Sums in    int64 that saturates. A sum of such numbers does not depend on its order, so rows are split over threads
+//            as they come.
 // Limited by one read of the weight.
 #pragma once
 
@@ -20,8 +22,9 @@ inline void clear(int64_t* values, int64_t count) {
     for (int64_t i = 0; i < count; ++i) values[i] = 0;
 }
 
-inline void outlier_counts(Matrix weight, const double* mean, const double* std, double threshold, int64_t* column_counts, int64_t* column_energy,
-                           int64_t* row_counts, int64_t* row_energy, Stream) {
+inline void outlier_counts(Matrix weight, const double* mean, const double* std, double threshold,
+                           int64_t* column_counts, int64_t* column_energy, int64_t* row_counts, int64_t* row_energy,
+                           Stream) {
     constexpr int64_t kChunk = 2048;
     const int64_t N = weight.rows, K = weight.cols;
     const double center = *mean, sigma = *std, limit = threshold * sigma;
@@ -37,12 +40,14 @@ inline void outlier_counts(Matrix weight, const double* mean, const double* std,
                 for (int64_t i0 = 0; i0 < count; i0 += kRun) {
                     const int64_t i1 = smaller(count, i0 + kRun);
                     int any = 0;
-                    for (int64_t i = i0; i < i1; ++i) any |= __builtin_fabs(static_cast<double>(row[i]) - center) > limit;
+                    for (int64_t i = i0; i < i1; ++i)
+                        any |= __builtin_fabs(static_cast<double>(row[i]) - center) > limit;
                     if (!any) continue;
                     for (int64_t i = i0; i < i1; ++i) {
                         const double deviation = __builtin_fabs(static_cast<double>(row[i]) - center);
                         if (!(deviation > limit)) continue;
-                        const double excess = (deviation - limit) / sigma, units = __builtin_rint(excess * excess * kEnergyUnits);
+                        const double excess = (deviation - limit) / sigma,
+                                     units = __builtin_rint(excess * excess * kEnergyUnits);
                         const int64_t energy = units >= 0x1p63 ? INT64_MAX : static_cast<int64_t>(units);
                         counts[k0 + i] += 1;
                         energies[k0 + i] = saturating_add(energies[k0 + i], energy);

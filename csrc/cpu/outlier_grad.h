@@ -1,6 +1,8 @@
-// Gradient of the outlier weight: dO = dy^T x (N, r) for input columns, dy[:, idx]^T x̂ (r, K) for output rows.   Meaning: reference.outlier_grad
+// Gradient of the outlier weight: dO = dy^T x (N, r) for input columns, dy[:, idx]^T x̂ (r, K) for output rows.
+//                                                                                       Meaning: reference.outlier_grad
 //
-//   Both are narrow^T wide: narrow (M, r) is x or dy[:, idx], wide (M, columns) is dy or x̂, and a task makes 64 columns of (r, columns).
+//   Both are narrow^T wide: narrow (M, r) is x or dy[:, idx], wide (M, columns) is dy or x̂, and a task makes
+//   64 columns of (r, columns).
 //
 // Sums in    float32, in the order of M whatever the threads.
 // Limited by one read of `wide`.
@@ -11,7 +13,8 @@
 
 namespace prequant::PREQUANT_LEVEL {
 
-inline void outlier_grad(Matrix grad_y, Matrix x, Activations codes, const int64_t* dims, int64_t r, int axis, float* gradient, Stream) {
+inline void outlier_grad(Matrix grad_y, Matrix x, Activations codes, const int64_t* dims, int64_t r, int axis,
+                         float* gradient, Stream) {
     constexpr int64_t kColumns = 64, kRows = 256, kOutliers = 48;  // of a task; rows and outliers at a time
     const ActivationRows activations{x, codes}, grad{grad_y, {}};
     const ActivationRows& wide = axis == 1 ? grad : activations;
@@ -34,15 +37,19 @@ inline void outlier_grad(Matrix grad_y, Matrix x, Activations codes, const int64
             }
         const float* const narrow = is_copied ? copy : static_cast<const float*>(x.data) + m0 * r;
         parallel_for(ceil_div(columns, kColumns), rows * (r + 4), [&](int64_t begin, int64_t end) {
-            float* const block = static_cast<float*>(thread_scratch((kRows + kOutliers) * kColumns * static_cast<int64_t>(sizeof(float))));
+            float* const block = static_cast<float*>(
+                thread_scratch((kRows + kOutliers) * kColumns * static_cast<int64_t>(sizeof(float))));
             float* const sums = block + kRows * kColumns;
             for (int64_t task = begin; task < end; ++task) {
                 const int64_t column = task * kColumns, width = smaller(kColumns, columns - column);
                 // Where element (j, c) of this task's gradient lies.
-                const auto at = [&](int64_t j, int64_t c) -> float& { return gradient[axis == 1 ? (column + c) * r + j : j * columns + column + c]; };
+                const auto at = [&](int64_t j, int64_t c) -> float& {
+                    return gradient[axis == 1 ? (column + c) * r + j : j * columns + column + c];
+                };
                 for (int64_t m = 0; m < rows; m += kRows) {
                     const int64_t height = smaller(kRows, rows - m);
-                    const bool is_direct = wide.has_floats() && wide.floats.dtype == Dtype::float32 && width == kColumns;
+                    const bool is_direct =
+                        wide.has_floats() && wide.floats.dtype == Dtype::float32 && width == kColumns;
                     const float* source = block;
                     int64_t stride = kColumns;
                     if (is_direct) {
@@ -58,9 +65,11 @@ inline void outlier_grad(Matrix grad_y, Matrix x, Activations codes, const int64
                     for (int64_t j0 = 0; j0 < r; j0 += kOutliers) {
                         const int64_t count = smaller(kOutliers, r - j0);
                         for (int64_t j = 0; j < count; ++j)
-                            for (int64_t c = 0; c < kColumns; ++c) sums[j * kColumns + c] = c < width ? at(j0 + j, c) : 0;
+                            for (int64_t c = 0; c < kColumns; ++c)
+                                sums[j * kColumns + c] = c < width ? at(j0 + j, c) : 0;
                         for (int64_t c = 0; c < kColumns; c += kTileColumns)
-                            multiply_panel<true>(count, height, narrow + m * r + j0, r, source + c, stride, sums + c, kColumns);
+                            multiply_panel<true>(count, height, narrow + m * r + j0, r, source + c, stride, sums + c,
+                                                 kColumns);
                         for (int64_t j = 0; j < count; ++j)
                             for (int64_t c = 0; c < width; ++c) at(j0 + j, c) = sums[j * kColumns + c];
                     }

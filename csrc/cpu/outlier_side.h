@@ -1,5 +1,5 @@
-// The outlier term beside a product of integers. It is float32 on every path: either a few columns of the input times a few rows of values, added to
-// every tile, or whole columns of the result, made beforehand and added where they belong.
+// The outlier term beside a product of integers. It is float32 on every path: either a few columns of the input times a
+// few rows of values, added to every tile, or whole columns of the result, made beforehand and added where they belong.
 //
 //              columns of x, gathered: side (M, r)        whole columns of the result: side (M, r)
 //   forward    axis 1:  y += x̂[:, idx] O^T                axis 0:  y[:, idx] += x̂ O^T
@@ -19,7 +19,11 @@ constexpr int64_t kSpreadDepth = 128;  // outliers whose values are put into one
 class OutlierSide {
    public:
     OutlierSide(const Outliers& outliers, bool is_forward, int64_t depth, int64_t columns)
-        : outliers_(outliers), is_forward_(is_forward), is_spread_((outliers.axis == 1) == is_forward), depth_(depth), columns_(columns) {}
+        : outliers_(outliers),
+          is_forward_(is_forward),
+          is_spread_((outliers.axis == 1) == is_forward),
+          depth_(depth),
+          columns_(columns) {}
 
     int64_t r() const { return outliers_.r; }
     // Of the side for so many rows, and (below) of scratch for `add`.
@@ -42,13 +46,15 @@ class OutlierSide {
         }
     }
 
-    // Adds to sums (rows, kPanelColumns), columns `first` .. first + kPanelColumns of the result; `side` begins with the tile's first row.
+    // Adds to sums (rows, kPanelColumns), columns `first` .. first + kPanelColumns of the result; `side` begins with
+    // the tile's first row.
     void add(int64_t rows, int64_t first, const float* side, float* scratch, float* sums) const {
         const int64_t r = outliers_.r, width = smaller<int64_t>(kPanelColumns, columns_ - first);
         if (!is_spread_) {
             for (int64_t j = 0; j < r; ++j) {
                 const int64_t c = outliers_.dims[j] - first;
-                for (int64_t i = 0; c >= 0 && c < width && i < rows; ++i) sums[i * kPanelColumns + c] += side[i * r + j];
+                for (int64_t i = 0; c >= 0 && c < width && i < rows; ++i)
+                    sums[i * kPanelColumns + c] += side[i * r + j];
             }
             return;
         }

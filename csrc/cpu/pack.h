@@ -1,4 +1,4 @@
-// codes (N, K), a byte each <-> the canonical rows of formats.h.                                             Meaning: reference.pack, unpack
+// codes (N, K), a byte each <-> the canonical rows of formats.h.                        Meaning: reference.pack, unpack
 //
 // Limited by the bytes moved.
 #pragma once

@@ -33,7 +33,8 @@ struct Arena {
 
 }  // namespace
 
-void parallel_ranges(int64_t tasks, int64_t task_cost, void (*run)(int64_t, int64_t, const void*), const void* context) {
+void parallel_ranges(int64_t tasks, int64_t task_cost, void (*run)(int64_t, int64_t, const void*),
+                     const void* context) {
     if (tasks <= 0) return;
     task_cost = task_cost > 0 ? task_cost : 1;
     const int64_t grain = (kRangeCost + task_cost - 1) / task_cost;

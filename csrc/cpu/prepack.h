@@ -1,5 +1,6 @@
-// Canonical rows <-> panels of 16 rows whose 32-bit words lie side by side, their codes in another order (formats.h draws both).
-//                                                                                                          Meaning: reference.prepack, unprepack
+// Canonical rows <-> panels of 16 rows whose 32-bit words lie side by side, their codes in another order (formats.h
+// draws both).
+//                                                                                 Meaning: reference.prepack, unprepack
 // Limited by the bytes moved.
 #pragma once
 
@@ -15,7 +16,8 @@ inline void words_from_canonical(const uint32_t* canonical, int64_t count, uint3
     constexpr uint32_t kMask = (1u << Container) - 1;
     for (int64_t w = 0; w < count; ++w) {
         uint32_t word = 0;
-        for (int i = 0; i < word_codes(Container); ++i) word |= (canonical[w] >> (Container * i) & kMask) << word_shift(i, Container);
+        for (int i = 0; i < word_codes(Container); ++i)
+            word |= (canonical[w] >> (Container * i) & kMask) << word_shift(i, Container);
         words[w] = word;
     }
 }
@@ -25,7 +27,8 @@ inline void words_to_canonical(const uint32_t* words, int64_t count, uint32_t* c
     constexpr uint32_t kMask = (1u << Container) - 1;
     for (int64_t w = 0; w < count; ++w) {
         uint32_t word = 0;
-        for (int i = 0; i < word_codes(Container); ++i) word |= (words[w] >> word_shift(i, Container) & kMask) << (Container * i);
+        for (int i = 0; i < word_codes(Container); ++i)
+            word |= (words[w] >> word_shift(i, Container) & kMask) << (Container * i);
         canonical[w] = word;
     }
 }
@@ -53,7 +56,8 @@ inline void prepack_rows(const uint8_t* packed, int64_t N, int64_t K, uint8_t* p
                 if (bytes > 0) std::memcpy(canonical, packed + n * row_bytes + 4 * first, static_cast<size_t>(bytes));
                 words_from_canonical<Container>(canonical, count, moved);
                 sum += sum_of_codes<Container>(moved, count);
-                for (int64_t w = 0; w < count; ++w) std::memcpy(prepacked + panel_offset(n, first + w, words), moved + w, 4);
+                for (int64_t w = 0; w < count; ++w)
+                    std::memcpy(prepacked + panel_offset(n, first + w, words), moved + w, 4);
             }
             std::memcpy(prepacked + panel_offset(n, words, words), &sum, 4);
         }
@@ -68,9 +72,11 @@ inline void unprepack_rows(const uint8_t* prepacked, int64_t N, int64_t K, uint8
         for (int64_t n = begin; n < end; ++n)
             for (int64_t first = 0; first < words; first += kPrepackWords) {
                 const int64_t count = smaller(kPrepackWords, words - first);
-                for (int64_t w = 0; w < count; ++w) std::memcpy(moved + w, prepacked + panel_offset(n, first + w, words), 4);
+                for (int64_t w = 0; w < count; ++w)
+                    std::memcpy(moved + w, prepacked + panel_offset(n, first + w, words), 4);
                 words_to_canonical<Container>(moved, count, canonical);
-                std::memcpy(packed + n * row_bytes + 4 * first, canonical, static_cast<size_t>(smaller(4 * count, row_bytes - 4 * first)));
+                std::memcpy(packed + n * row_bytes + 4 * first, canonical,
+                            static_cast<size_t>(smaller(4 * count, row_bytes - 4 * first)));
             }
     });
 }

@@ -1,6 +1,7 @@
-// 8-bit min-max codes of x (M, K), one range a row or one for all, and the sums of the codes of each group.   Meaning: reference.quantize_activations
-//
-//   lo = min(min x, 0), hi = max(max x, 0), scale = hi/256 - lo/256, z = clip(rint(-lo * (1/scale)), 0, 255), q = clip(rint(x * (1/scale)) + z, 0, 255)
+// 8-bit min-max codes of x (M, K), one range a row or one for all, and the sums of the codes of each group.
+//                                                                               Meaning: reference.quantize_activations
+//   lo = min(min x, 0), hi = max(max x, 0), scale = hi/256 - lo/256
+//   z = clip(rint(-lo * (1/scale)), 0, 255), q = clip(rint(x * (1/scale)) + z, 0, 255)
 //
 // Computes   in float32 without contraction: every device makes the same bytes.
 // Sums in    int32: K below 2^31 / 255.
@@ -71,9 +72,12 @@ inline int32_t encode(const float* values, int64_t count, const Coding& coding, 
     const __m256 inverse = _mm256_set1_ps(coding.inverse);
     const __m256i zero = _mm256_set1_epi32(coding.zero_point), in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     __m256i sums = _mm256_setzero_si256();
-    const auto code = [&](int64_t at) { return _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + at), inverse)), zero); };
+    const auto code = [&](int64_t at) {
+        return _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + at), inverse)), zero);
+    };
     for (; i + 32 <= count; i += 32) {
-        const __m256i low = _mm256_packs_epi32(code(i), code(i + 8)), high = _mm256_packs_epi32(code(i + 16), code(i + 24));
+        const __m256i low = _mm256_packs_epi32(code(i), code(i + 8)),
+                      high = _mm256_packs_epi32(code(i + 16), code(i + 24));
         const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), in_order);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), bytes);
         sums = _mm256_add_epi64(sums, _mm256_sad_epu8(bytes, _mm256_setzero_si256()));
@@ -83,15 +87,16 @@ inline int32_t encode(const float* values, int64_t count, const Coding& coding, 
     sum = static_cast<int32_t>(parts[0] + parts[1] + parts[2] + parts[3]);
 #endif
     for (; i < count; ++i) {
-        const int code = larger(0, smaller(255, static_cast<int>(round_even(values[i] * coding.inverse)) + coding.zero_point));
+        const int code =
+            larger(0, smaller(255, static_cast<int>(round_even(values[i] * coding.inverse)) + coding.zero_point));
         codes[i] = static_cast<uint8_t>(code);
         sum += code;
     }
     return sum;
 }
 
-inline void quantize_activations(Matrix x, bool per_token, int64_t G, const int64_t* excluded, int64_t size, uint8_t* codes, float* scale, uint8_t* zero_point,
-                                 int32_t* sums, Stream) {
+inline void quantize_activations(Matrix x, bool per_token, int64_t G, const int64_t* excluded, int64_t size,
+                                 uint8_t* codes, float* scale, uint8_t* zero_point, int32_t* sums, Stream) {
     const int64_t M = x.rows, K = x.cols;
     const int64_t group = G > 0 ? K / G : 0;
 

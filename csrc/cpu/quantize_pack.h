@@ -1,4 +1,5 @@
-// code = clip(rint(w / scale) + zero_point, 0, 2^bits - 1), packed; outlier dimensions get zero_point, worth exactly 0.   Meaning: reference.quantize_pack
+// code = clip(rint(w / scale) + zero_point, 0, 2^bits - 1), packed; outlier dimensions get zero_point, worth exactly 0.
+//                                                                                      Meaning: reference.quantize_pack
 //
 // Requires   a finite w, a scale of at least 2^-126.
 // Computes   a true float32 division, half to even: every device makes the same bytes.
@@ -9,8 +10,8 @@
 
 namespace prequant::PREQUANT_LEVEL {
 
-inline void quantize_pack(Matrix weight, const float* scale, const uint8_t* zero_point, int64_t scale_rows, int64_t G, int bits, const int64_t* outlier_dims,
-                          int64_t r, int axis, uint8_t* packed, Stream) {
+inline void quantize_pack(Matrix weight, const float* scale, const uint8_t* zero_point, int64_t scale_rows, int64_t G,
+                          int bits, const int64_t* outlier_dims, int64_t r, int axis, uint8_t* packed, Stream) {
     constexpr int64_t kChunk = 2048;
     const int64_t N = weight.rows, K = weight.cols;
     const int container = container_bits(bits);
@@ -32,13 +33,16 @@ inline void quantize_pack(Matrix weight, const float* scale, const uint8_t* zero
                         return;
                     }
                     for (int64_t i = begin - k0; i < end - k0; ++i) {
-                        const float ratio = larger(-1024.0f, smaller(1024.0f, row[i] / step));  // beyond every code, within reach of round_even
-                        codes[i] = static_cast<uint8_t>(static_cast<int>(larger(0.0f, smaller(top, round_even(ratio) + zero))));
+                        // Clipped beyond every code, within reach of round_even.
+                        const float ratio = larger(-1024.0f, smaller(1024.0f, row[i] / step));
+                        codes[i] = static_cast<uint8_t>(
+                            static_cast<int>(larger(0.0f, smaller(top, round_even(ratio) + zero))));
                     }
                 });
                 for (int64_t j = 0; axis == 1 && j < r; ++j) {
                     const int64_t k = outlier_dims[j];
-                    if (k >= k0 && k < k0 + count) codes[k - k0] = zero_point[(scale_rows == 1 ? 0 : n) * G + k / (K / G)];
+                    if (k >= k0 && k < k0 + count)
+                        codes[k - k0] = zero_point[(scale_rows == 1 ? 0 : n) * G + k / (K / G)];
                 }
                 pack_codes(codes, k0, count, container, packed + n * row_bytes);
             }

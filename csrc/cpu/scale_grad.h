@@ -1,7 +1,8 @@
-// dscale[n, g] = sum over m of dy[m, n] * (sum over k in g of x[m, k] (code - zero_point)[n, k])               Meaning: reference.scale_grad
+// dscale[n, g] = sum over m of dy[m, n] * (sum over k in g of x[m, k] (code - zero_point)[n, k])
+//                                                                                         Meaning: reference.scale_grad
 //
-//   The inner sums are the forward product of one group with scale 1, made tile by tile (256 tokens x kPanelColumns rows) and
-//   met with dy there: neither they nor the dense (N, K) gradient ever exist as a whole.
+//   The inner sums are the forward product of one group with scale 1, made tile by tile (256 tokens x kPanelColumns
+//   rows) and met with dy there: neither they nor the dense (N, K) gradient ever exist as a whole.
 //
 // Sums in    float32 over k, float64 over m, in the order of M whatever the threads.
 // Limited by float32 multiply-adds.
@@ -19,7 +20,8 @@ inline void scale_grad(Matrix grad_y, Matrix x, Activations codes, Weight weight
     weight.scale = nullptr;
     parallel_for(ceil_div(N, kPanelColumns), M * K, [&](int64_t begin, int64_t end) {
         float* const block = static_cast<float*>(
-            thread_scratch((kRows * kDepth + (kDepth + kRows) * kPanelColumns) * static_cast<int64_t>(sizeof(float)) + kWordPanelBytes + 2 * kStepBytes));
+            thread_scratch((kRows * kDepth + (kDepth + kRows) * kPanelColumns) * static_cast<int64_t>(sizeof(float)) +
+                           kWordPanelBytes + 2 * kStepBytes));
         float* const panel = block + kRows * kDepth;
         float* const sums = panel + kDepth * kPanelColumns;
         char* const words = reinterpret_cast<char*>(sums + kRows * kPanelColumns);
@@ -34,16 +36,20 @@ inline void scale_grad(Matrix grad_y, Matrix x, Activations codes, Weight weight
                         const int64_t count = smaller(kDepth, (g + 1) * size - k);
                         for (int64_t i = 0; i < rows; ++i) {
                             const float* row = activations.load(m + i, k, count, block + i * kDepth);
-                            if (row != block + i * kDepth) std::memcpy(block + i * kDepth, row, static_cast<size_t>(count) * sizeof(float));
+                            if (row != block + i * kDepth)
+                                std::memcpy(block + i * kDepth, row, static_cast<size_t>(count) * sizeof(float));
                         }
                         forward_panel(weight, n, k, count, panel, words);
                         for (int64_t c = 0; c < kPanelColumns; c += kTileColumns)
-                            multiply_panel<false>(rows, count, block, kDepth, panel + c, kPanelColumns, sums + c, kPanelColumns);
+                            multiply_panel<false>(rows, count, block, kDepth, panel + c, kPanelColumns, sums + c,
+                                                  kPanelColumns);
                     }
                     float grad_scratch[kPanelColumns];
                     for (int64_t i = 0; i < rows; ++i) {
-                        const float* grad = as_floats(grad_y.data, grad_y.dtype, (m + i) * N + n, columns, grad_scratch);
-                        for (int64_t c = 0; c < columns; ++c) total[c] += static_cast<double>(grad[c]) * static_cast<double>(sums[i * kPanelColumns + c]);
+                        const float* grad =
+                            as_floats(grad_y.data, grad_y.dtype, (m + i) * N + n, columns, grad_scratch);
+                        for (int64_t c = 0; c < columns; ++c)
+                            total[c] += static_cast<double>(grad[c]) * static_cast<double>(sums[i * kPanelColumns + c]);
                     }
                 }
                 for (int64_t c = 0; c < columns; ++c) gradient[(n + c) * G + g] = static_cast<float>(total[c]);

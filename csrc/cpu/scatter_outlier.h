@@ -1,4 +1,5 @@
-// dense[:, dims] (axis 1) or dense[dims] (axis 0) = or += values, rounded to dense's type first.              Meaning: reference.scatter_outlier_
+// dense[:, dims] (axis 1) or dense[dims] (axis 0) = or += values, rounded to dense's type first.
+//                                                                                   Meaning: reference.scatter_outlier_
 #pragma once
 
 #include "numbers.h"
@@ -19,7 +20,8 @@ inline void scatter_outlier_(MutableMatrix dense, Outliers outliers, bool accumu
     if (outliers.axis == 1) {
         parallel_for(dense.rows, outliers.r, [&](int64_t begin, int64_t end) {
             for (int64_t n = begin; n < end; ++n)
-                for (int64_t j = 0; j < outliers.r; ++j) write(n, outliers.dims[j], outliers.values[n * outliers.r + j]);
+                for (int64_t j = 0; j < outliers.r; ++j)
+                    write(n, outliers.dims[j], outliers.values[n * outliers.r + j]);
         });
     } else {
         constexpr int64_t kColumns = 256;  // tasks are columns: a row that dims name twice is written in order

@@ -1,11 +1,13 @@
-// The r dimensions with most outliers, ascending; ties go to the larger energy, then to the lower index.     Meaning: reference.select_outlier_dims
+// The r dimensions with most outliers, ascending; ties go to the larger energy, then to the lower index.
+//                                                                                Meaning: reference.select_outlier_dims
 #pragma once
 
 #include "numbers.h"
 
 namespace prequant::PREQUANT_LEVEL {
 
-inline void select_outlier_dims(const int64_t* counts, const int64_t* energy, int64_t size, int64_t r, int64_t* dims, Stream) {
+inline void select_outlier_dims(const int64_t* counts, const int64_t* energy, int64_t size, int64_t r, int64_t* dims,
+                                Stream) {
     const auto is_worse = [&](int64_t a, int64_t b) {
         return counts[a] != counts[b] ? counts[a] < counts[b] : energy[a] != energy[b] ? energy[a] < energy[b] : a > b;
     };

@@ -7,8 +7,8 @@
 //      |      |     c     | up to kTileRows   portable         6 x 8
 //      +------+-----------+
 //
-// Sums in    float32, fused but on the portable level: runs of kRunDepth in the order of depth, each added to c. A single run as long as K would
-//            lose as much again as a library's product does.
+// Sums in    float32, fused but on the portable level: runs of kRunDepth in the order of depth, each added to c. A
+//            single run as long as K would lose as much again as a library's product does.
 #pragma once
 
 #include "numbers.h"
@@ -21,8 +21,10 @@ constexpr int64_t kRunDepth = PREQUANT_AVX512 || PREQUANT_AVX2 ? 64 : 32;  // un
 
 // Element (row i, depth k) of a is a[i * stride + k], or a[k * stride + i] where Transposed.
 template <int Rows, bool Transposed>
-void multiply_tile(int64_t depth, const float* a, int64_t stride, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
-    // Row pointers three apart: rows 3i + 1 and 3i + 2 are then addresses with a scaled index, and all fit the general registers.
+void multiply_tile(int64_t depth, const float* a, int64_t stride, const float* b, int64_t b_stride, float* c,
+                   int64_t c_stride) {
+    // Row pointers three apart: rows 3i + 1 and 3i + 2 are then addresses with a scaled index, and all fit the general
+    // registers.
     constexpr int kPointers = (Rows + 2) / 3;
     const float* rows[kPointers];
     for (int i = 0; i < kPointers; ++i) rows[i] = a + 3 * i * stride;
@@ -44,13 +46,15 @@ void multiply_tile(int64_t depth, const float* a, int64_t stride, const float* b
                 for (int i = 0; i < kPointers; ++i) ++rows[i];
         }
         for (int i = 0; i < Rows; ++i)
-            for (int v = 0; v < 2; ++v) store(c + i * c_stride + v * kLanes, load(c + i * c_stride + v * kLanes) + sums[i][v]);
+            for (int v = 0; v < 2; ++v)
+                store(c + i * c_stride + v * kLanes, load(c + i * c_stride + v * kLanes) + sums[i][v]);
     }
 }
 
 // c (rows, kTileColumns) += a b for any number of rows, in tiles of nearly equal height.
 template <bool Transposed>
-inline void multiply_panel(int64_t rows, int64_t depth, const float* a, int64_t stride, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
+inline void multiply_panel(int64_t rows, int64_t depth, const float* a, int64_t stride, const float* b,
+                           int64_t b_stride, float* c, int64_t c_stride) {
     using Multiply = void (*)(int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t);
     static constexpr Multiply kByRows[] = {
         nullptr,

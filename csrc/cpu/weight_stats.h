@@ -1,4 +1,5 @@
-// Mean, population standard deviation, minimum and maximum of each block of consecutive weights.               Meaning: reference.weight_stats
+// Mean, population standard deviation, minimum and maximum of each block of consecutive weights.
+//                                                                                       Meaning: reference.weight_stats
 //
 //   block    tile 0 (4096 elements) | tile 1 | ...        Tiles are merged in index order (Chan et al.).
 //   tile     lane   0  1 ... 31 |  0  1 ... 31 | ...      Lane l adds its elements in turn; then the upper half of the
@@ -79,12 +80,15 @@ struct MergedStats {
     }
 };
 
-inline void weight_stats(Matrix weight, int64_t block_size, double* mean, double* std, double* minimum, double* maximum, Stream) {
-    const int64_t elements = weight.rows * weight.cols, blocks = block_size ? elements / block_size : 0, tiles = ceil_div(block_size, kStatsTile);
+inline void weight_stats(Matrix weight, int64_t block_size, double* mean, double* std, double* minimum, double* maximum,
+                         Stream) {
+    const int64_t elements = weight.rows * weight.cols, blocks = block_size ? elements / block_size : 0,
+                  tiles = ceil_div(block_size, kStatsTile);
     const auto stats_of = [&](int64_t block, int64_t t) {
         float scratch[kStatsTile];
         const int64_t size = smaller(kStatsTile, block_size - t * kStatsTile);
-        return tile_stats(as_floats(weight.data, weight.dtype, block * block_size + t * kStatsTile, size, scratch), size);
+        return tile_stats(as_floats(weight.data, weight.dtype, block * block_size + t * kStatsTile, size, scratch),
+                          size);
     };
     const auto size_of_tile = [&](int64_t t) { return smaller(kStatsTile, block_size - t * kStatsTile); };
     const auto write = [&](int64_t block, const MergedStats& merged) {

@@ -1,10 +1,11 @@
-// rows[i] = (codes[ids[i]] - zero_point[b]) * scale[b] in float32, then cast; b = ids[i] per row, 0 per table.        Meaning: reference.embedding
+// rows[i] = (codes[ids[i]] - zero_point[b]) * scale[b] in float32, then cast; b = ids[i] per row, 0 per table.
+//                                                                                          Meaning: reference.embedding
+//   row i, fp16 out     codes     0 ... 7 | 8 ... 15 | ...      A thread makes one 128-bit store (8 halves or 4 floats)
+//                       thread       0    |    1     | ...      from one load of 8 or 4 codes.
 //
-//   row i, fp16 out     codes     0 ... 7 | 8 ... 15 | ...      A thread makes one 128-bit store (8 halves or 4 floats) from one load of 8 or 4
-//                       thread       0    |    1     | ...      codes.
-//
-// Requires   128-bit stores need the table's width to be a multiple of their values, and aligned pointers; otherwise a thread makes one value.
-//            The host does not read ids back from a GPU: an id that is out of range makes a row of NaN.
+// Requires   128-bit stores need the table's width to be a multiple of their values, and aligned pointers; otherwise a
+//            thread makes one value. The host does not read ids back from a GPU: an id that is out of range makes a row
+//            of NaN.
 // Rounds     once, from float32.
 // Limited by writing the rows; the codes are half of their bytes or a quarter.
 #include "cuda.h"
@@ -15,8 +16,9 @@ namespace prequant::cuda {
 namespace {
 
 template <typename T, int kCodes>
-__global__ void embedding_kernel(const int64_t* __restrict__ ids, const uint8_t* __restrict__ codes, const float* __restrict__ scale,
-                                 const uint8_t* __restrict__ zero_point, int64_t table_rows, bool per_row, int64_t count, int64_t row_pieces,
+__global__ void embedding_kernel(const int64_t* __restrict__ ids, const uint8_t* __restrict__ codes,
+                                 const float* __restrict__ scale, const uint8_t* __restrict__ zero_point,
+                                 int64_t table_rows, bool per_row, int64_t count, int64_t row_pieces,
                                  T* __restrict__ rows) {
     using Codes = Vector<uint8_t, kCodes>;
     using Values = Vector<T, kCodes>;
@@ -28,7 +30,8 @@ __global__ void embedding_kernel(const int64_t* __restrict__ ids, const uint8_t*
     const int zero = is_known ? zero_point[block] : 0;
     const Codes* from = reinterpret_cast<const Codes*>(codes) + (is_known ? id : 0) * row_pieces;
     Values* to = reinterpret_cast<Values*>(rows) + i * row_pieces;
-    for (int64_t piece = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; piece < row_pieces; piece += int64_t(gridDim.y) * blockDim.x) {
+    for (int64_t piece = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; piece < row_pieces;
+         piece += int64_t(gridDim.y) * blockDim.x) {
         const Codes in = is_known ? load<Codes>(from + piece) : Codes{};
         Values out;
 #pragma unroll
@@ -38,25 +41,29 @@ __global__ void embedding_kernel(const int64_t* __restrict__ ids, const uint8_t*
 }
 
 template <typename T>
-void embedding_to(const int64_t* ids, const uint8_t* codes, const float* scale, const uint8_t* zero_point, int64_t table_rows, bool per_row, MutableMatrix rows,
-                  Stream stream) {
+void embedding_to(const int64_t* ids, const uint8_t* codes, const float* scale, const uint8_t* zero_point,
+                  int64_t table_rows, bool per_row, MutableMatrix rows, Stream stream) {
     constexpr int kCodes = kVectorBytes / sizeof(T);
     T* to = static_cast<T*>(rows.data);
     const bool is_wide = rows.cols % kCodes == 0 && is_aligned(to, kVectorBytes) && is_aligned(codes, kCodes);
     const int64_t pieces = is_wide ? rows.cols / kCodes : rows.cols;
-    launch("embedding_kernel", is_wide ? embedding_kernel<T, kCodes> : embedding_kernel<T, 1>, row_grid(rows.rows, pieces, stream), ids, codes, scale,
-           zero_point, table_rows, per_row, rows.rows, pieces, to);
+    launch("embedding_kernel", is_wide ? embedding_kernel<T, kCodes> : embedding_kernel<T, 1>,
+           row_grid(rows.rows, pieces, stream), ids, codes, scale, zero_point, table_rows, per_row, rows.rows, pieces,
+           to);
 }
 
 }  // namespace
 
-void embedding(const int64_t* ids, const uint8_t* codes, const float* scale, const uint8_t* zero_point, int64_t table_rows, bool per_row, MutableMatrix rows,
-               Stream stream) {
+void embedding(const int64_t* ids, const uint8_t* codes, const float* scale, const uint8_t* zero_point,
+               int64_t table_rows, bool per_row, MutableMatrix rows, Stream stream) {
     if (rows.rows == 0 || rows.cols == 0) return;
     switch (rows.dtype) {
-        case Dtype::float32: return embedding_to<float>(ids, codes, scale, zero_point, table_rows, per_row, rows, stream);
-        case Dtype::float16: return embedding_to<__half>(ids, codes, scale, zero_point, table_rows, per_row, rows, stream);
-        case Dtype::bfloat16: return embedding_to<__nv_bfloat16>(ids, codes, scale, zero_point, table_rows, per_row, rows, stream);
+        case Dtype::float32:
+            return embedding_to<float>(ids, codes, scale, zero_point, table_rows, per_row, rows, stream);
+        case Dtype::float16:
+            return embedding_to<__half>(ids, codes, scale, zero_point, table_rows, per_row, rows, stream);
+        case Dtype::bfloat16:
+            return embedding_to<__nv_bfloat16>(ids, codes, scale, zero_point, table_rows, per_row, rows, stream);
     }
 }
 

@@ -1,18 +1,22 @@
-// The two operands of the integer products, and the chunk of an mma that they meet in: D[n, m] += W[n, k] s[m, k], s = code - 128.
+// The two operands of the integer products, and the chunk of an mma that they meet in:
+//     D[n, m] += W[n, k] s[m, k], s = code - 128.
 //
-//   W is the A operand (u8), x the B operand (s8) of m16n8k32. A lane 4g + t needs bytes k = 2t, 2t + 8, 2t + 1, 2t + 9 of a tile of 16
-//   columns, because those stand in one register of a chunk (formats.h). Activations are put in that order once, on their way into shared
-//   memory: 4 byte permutations and 4 xors for 16 codes; ldmatrix then hands every lane its bytes. Ordering fragments instead would take bytes of
-//   two other lanes, and would be done again by every warp that reads the row.
+//   W is the A operand (u8), x the B operand (s8) of m16n8k32. A lane 4g + t needs bytes k = 2t, 2t + 8, 2t + 1, 2t + 9
+//   of a tile of 16 columns, because those stand in one register of a chunk (formats.h). Activations are put in that
+//   order once, on their way into shared memory: 4 byte permutations and 4 xors for 16 codes; ldmatrix then hands every
+//   lane its bytes. Ordering fragments instead would take bytes of two other lanes, and would be done again by every
+//   warp that reads the row.
 //
-//   4-bit word      nibble   7    6    5    4    3    2    1    0      w & 0x0f0f0f0f: rows g, registers 0 and 2 of A
-//                   column  +9   +9   +1   +1   +8   +8   +0   +0      w & 0xf0f0f0f0: rows g + 8 times 16, registers 1 and 3
-//                   row     g+8   g   g+8   g   g+8   g   g+8   g      Rows have sums of their own, so the 16 is shifted out of the sum.
+//   4-bit word      nibble   7    6    5    4    3    2    1    0    w & 0x0f0f0f0f: rows g, registers 0 and 2 of A
+//                   column  +9   +9   +1   +1   +8   +8   +0   +0    w & 0xf0f0f0f0: rows g + 8 times 16, registers 1
+//                   row     g+8   g   g+8   g   g+8   g   g+8   g    and 3. Rows have sums of their own, so the 16 is
+//                                                                    shifted out of the sum.
 //
-//   x in shared     row m: pieces of 16 bytes (a tile of 16 columns), piece p at place p ^ (m & 7), so that the eight rows that an
-//                   ldmatrix reads meet eight different groups of banks.
+//   x in shared     row m: pieces of 16 bytes (a tile of 16 columns), piece p at place p ^ (m & 7), so that the eight
+//                   rows that an ldmatrix reads meet eight different groups of banks.
 //
-// Overflow: a product is at most 128 * (largest weight operand); kMaxColumns of them fit int32. The launcher cuts K far below.
+// Overflow: a product is at most 128 * (largest weight operand); kMaxColumns of them fit int32. The launcher cuts K far
+// below.
 #pragma once
 
 #include "ptx.cuh"
@@ -59,8 +63,8 @@ PREQUANT_DEVICE uint32_t range_mask(int64_t k, CodeRange range) {
     return below(range.end) & ~below(range.begin);
 }
 
-// 16 codes of a row from column k on, or of a row of ones (s = 1, whose products are the sums of the weight's codes). is_ragged: the range may begin or
-// end within these columns.
+// 16 codes of a row from column k on, or of a row of ones (s = 1, whose products are the sums of the weight's codes).
+// is_ragged: the range may begin or end within these columns.
 PREQUANT_DEVICE Piece load_codes(const uint8_t* row, bool is_one, int64_t k, CodeRange range, bool is_ragged) {
     Piece piece{{kMiddle, kMiddle, kMiddle, kMiddle}};
     if (k + kPieceCodes <= range.begin || k >= range.end) return piece;
@@ -84,7 +88,8 @@ PREQUANT_DEVICE int piece_place(int m, int p, int pieces_a_row) { return m * pie
 PREQUANT_DEVICE void store_signed(Piece* to, const Piece& codes) {
     Piece piece;
 #pragma unroll
-    for (int t = 0; t < 4; ++t) piece.at[t] = prmt(codes.at[t / 2], codes.at[2 + t / 2], t % 2 ? 0x7362u : 0x5140u) ^ kMiddle;
+    for (int t = 0; t < 4; ++t)
+        piece.at[t] = prmt(codes.at[t / 2], codes.at[2 + t / 2], t % 2 ? 0x7362u : 0x5140u) ^ kMiddle;
     store(to, piece);
 }
 
@@ -108,7 +113,8 @@ PREQUANT_DEVICE LaneCodes<kContainer> load_lane(const uint8_t* chunk, int lane) 
 #pragma unroll
         for (int i = 0; i < kContainer / 4; ++i) {
             const uint4 part = __ldcs(reinterpret_cast<const uint4*>(from) + i);
-            codes.words[4 * i] = part.x, codes.words[4 * i + 1] = part.y, codes.words[4 * i + 2] = part.z, codes.words[4 * i + 3] = part.w;
+            codes.words[4 * i] = part.x, codes.words[4 * i + 1] = part.y, codes.words[4 * i + 2] = part.z,
+                            codes.words[4 * i + 3] = part.w;
         }
     }
     return codes;
@@ -142,7 +148,8 @@ template <int kContainer>
 PREQUANT_DEVICE ChunkOperands unpack_chunk(const LaneCodes<kContainer>& codes) {
     ChunkOperands operands;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) unpack_tile<kContainer>(codes, j, operands.halves[j / 2][j % 2 * 2], operands.halves[j / 2][j % 2 * 2 + 1]);
+    for (int j = 0; j < 4; ++j)
+        unpack_tile<kContainer>(codes, j, operands.halves[j / 2][j % 2 * 2], operands.halves[j / 2][j % 2 * 2 + 1]);
     return operands;
 }
 
@@ -153,7 +160,8 @@ PREQUANT_DEVICE void add_codes(const ChunkOperands& operands, uint32_t (&sums)[2
 }
 
 // products (16 n x 8 m) += chunk x tokens; tokens: the four tiles of 8 rows of x, as ldmatrix_x4 gives them.
-PREQUANT_DEVICE void multiply_chunk(const ChunkOperands& operands, const uint32_t (&tokens)[4], int32_t (&products)[4]) {
+PREQUANT_DEVICE void multiply_chunk(const ChunkOperands& operands, const uint32_t (&tokens)[4],
+                                    int32_t (&products)[4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const uint32_t pair[2] = {tokens[2 * half], tokens[2 * half + 1]};

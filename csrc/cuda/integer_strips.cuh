@@ -1,12 +1,15 @@
 // The integer product of a few tokens, and of every shape that the tiles of integer_tiles.cuh cannot take.
 //
-//   block     kStrips strips of 16 rows of W x 8 kTokenTiles rows of x; kSlices warps share a strip, each takes 4 chunks of every stage
+//   block     kStrips strips of 16 rows of W x 8 kTokenTiles rows of x; kSlices warps share a strip, each takes 4
+//             chunks of every stage
 //
-//   columns   |  stage 0                      |  stage 1 ...          Weights go from memory to the registers of the one warp that needs
-//   slice     | 0 0 0 0 | 1 1 1 1 | ...       | 0 0 0 0 | ...         them, a stage ahead; x goes through shared memory, a stage ahead too.
+//   columns   |  stage 0                |  stage 1 ...     Weights go from memory to the registers of the one warp that
+//   slice     | 0 0 0 0 | 1 1 1 1 | ... | 0 0 0 0 | ...    needs them, a stage ahead; x goes through shared memory, a
+//                                                          stage ahead too.
 //
-// The last row of x is ones, so that its products are the sums of the weight's codes: the zero points of the activations need them. A range of columns that
-// begins or ends inside a chunk counts its own columns alone, because elsewhere both x and the ones are 0.
+// The last row of x is ones, so that its products are the sums of the weight's codes: the zero points of the
+// activations need them. A range of columns that begins or ends inside a chunk counts its own columns alone, because
+// elsewhere both x and the ones are 0.
 #pragma once
 
 #include "integer_epilogue.cuh"
@@ -17,17 +20,22 @@ constexpr int kBatch = 4;  // chunks of a warp in a stage: so many loads are und
 
 template <int kTokenTiles, int kStrips, int kSlices>
 struct StripShapes {
-    static constexpr int kRows = kTokenTiles * kTileTokens, kTokens = kRows - 1, kWarps = kStrips * kSlices, kThreads = kWarps * kWarp;
+    static constexpr int kRows = kTokenTiles * kTileTokens, kTokens = kRows - 1, kWarps = kStrips * kSlices,
+                         kThreads = kWarps * kWarp;
     static constexpr int kChunks = kBatch * kSlices, kRowPieces = kChunks * kChunkPieces;
-    static constexpr int kRowStep = kThreads / kRowPieces, kPieces = kRows / kRowStep;  // a thread moves one piece of every kRowStep-th row
+    // A thread moves one piece of every kRowStep-th row.
+    static constexpr int kRowStep = kThreads / kRowPieces, kPieces = kRows / kRowStep;
     static_assert(kThreads % kRowPieces == 0 && kRows % kRowStep == 0);
     static constexpr int kColumns = kStrips * kStripRows, kPitch = kColumns + kQuad;
     static constexpr int kStageBytes = 2 * kRows * kRowPieces * kPieceCodes;
-    static constexpr int kSumBytes = kSlices * kRows * kPitch * 4, kEndBytes = kSumBytes + kFinishFloats<kTokens, kColumns> * 4;
-    static constexpr int kBytes = kStageBytes > kEndBytes ? kStageBytes : kEndBytes;  // at the end the sums take the place of x
+    static constexpr int kSumBytes = kSlices * kRows * kPitch * 4,
+                         kEndBytes = kSumBytes + kFinishFloats<kTokens, kColumns> * 4;
+    // At the end the sums take the place of x.
+    static constexpr int kBytes = kStageBytes > kEndBytes ? kStageBytes : kEndBytes;
 };
 
-// kSlices = 1: float sums of groups, in the order of the groups. Otherwise exact sums of one range of columns, of which the slices are parts.
+// kSlices = 1: float sums of groups, in the order of the groups. Otherwise exact sums of one range of columns, of which
+// the slices are parts.
 template <int kContainer, int kTokenTiles, int kStrips, int kSlices>
 __global__ void __launch_bounds__(StripShapes<kTokenTiles, kStrips, kSlices>::kThreads, 1)
     linear_w4a8_strips_kernel(IntegerProduct product, Epilogue epilogue, unsigned token_blocks) {
@@ -37,9 +45,11 @@ __global__ void __launch_bounds__(StripShapes<kTokenTiles, kStrips, kSlices>::kT
     PREQUANT_SHARED(memory, Vector<uint32_t, 4>[S::kBytes / 16]);
     const Activations& x = product.x;
     const Weight& weight = product.weight;
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp, strip = warp % kStrips, slice = warp / kStrips;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp,
+              strip = warp % kStrips, slice = warp / kStrips;
     const int64_t M = x.M, N = weight.N, K = weight.K, G = weight.G, size = product.group_size;
-    const int64_t m0 = int64_t(blockIdx.x % token_blocks) * S::kTokens, n0 = int64_t(blockIdx.x / token_blocks) * S::kColumns;
+    const int64_t m0 = int64_t(blockIdx.x % token_blocks) * S::kTokens,
+                  n0 = int64_t(blockIdx.x / token_blocks) * S::kColumns;
     const int64_t my_strip = n0 / kStripRows + strip;
     const bool is_active = my_strip * kStripRows < N;
     const uint8_t* const strip_chunks = weight.packed + my_strip * product.chunks * chunk_bytes(kContainer);
@@ -67,7 +77,8 @@ __global__ void __launch_bounds__(StripShapes<kTokenTiles, kStrips, kSlices>::kT
         for (int i = 0; i < S::kPieces; ++i) {
             const int row = thread / S::kRowPieces + i * S::kRowStep;
             if (row == S::kTokens || m0 + row < M)
-                pieces[i] = load_codes(product.codes + (m0 + row) * product.pitch, row == S::kTokens, k, stage, product.is_ragged);
+                pieces[i] = load_codes(product.codes + (m0 + row) * product.pitch, row == S::kTokens, k, stage,
+                                       product.is_ragged);
             else
                 pieces[i] = {{kMiddle, kMiddle, kMiddle, kMiddle}};
         }
@@ -76,7 +87,9 @@ __global__ void __launch_bounds__(StripShapes<kTokenTiles, kStrips, kSlices>::kT
 #pragma unroll
         for (int i = 0; i < S::kPieces; ++i) {
             const int row = thread / S::kRowPieces + i * S::kRowStep;
-            store_signed(memory + buffer * S::kRows * S::kRowPieces + piece_place(row, thread % S::kRowPieces, S::kRowPieces), pieces[i]);
+            store_signed(
+                memory + buffer * S::kRows * S::kRowPieces + piece_place(row, thread % S::kRowPieces, S::kRowPieces),
+                pieces[i]);
         }
     };
 
@@ -105,9 +118,11 @@ __global__ void __launch_bounds__(StripShapes<kTokenTiles, kStrips, kSlices>::kT
                 const int token_zero_point = is_token ? x.zero_point[x.per_token ? m : 0] : 0;
 #pragma unroll
                 for (int high = 0; high < 2; ++high) {
-                    const int32_t part = product_of(sums[tile][2 * high + odd] >> (high * kShift), token_zero_point, code_sum[high]);
+                    const int32_t part =
+                        product_of(sums[tile][2 * high + odd] >> (high * kShift), token_zero_point, code_sum[high]);
                     const auto value = static_cast<float>(add_zero_points(part, zero_point[high], offset));
-                    floats[tile][2 * high + odd] = __fadd_rn(floats[tile][2 * high + odd], __fmul_rn(value, scale[high]));
+                    floats[tile][2 * high + odd] =
+                        __fadd_rn(floats[tile][2 * high + odd], __fmul_rn(value, scale[high]));
                 }
             }
 #pragma unroll
@@ -136,12 +151,14 @@ __global__ void __launch_bounds__(StripShapes<kTokenTiles, kStrips, kSlices>::kT
 #pragma unroll
             for (int tile = 0; tile < kTokenTiles; ++tile) {
                 uint32_t tokens[4];
-                ldmatrix_x4(tokens, memory + (buffer * S::kRows + tile * kTileTokens) * S::kRowPieces + piece_place(lane % 8, piece, S::kRowPieces));
+                ldmatrix_x4(tokens, memory + (buffer * S::kRows + tile * kTileTokens) * S::kRowPieces +
+                                        piece_place(lane % 8, piece, S::kRowPieces));
                 multiply_chunk(operands, tokens, sums[tile]);
             }
             if constexpr (kIsGrouped) {
                 const int64_t chunk_begin = (stage.begin / kChunkColumns + i) * kChunkColumns;
-                const int64_t chunk_end = chunk_begin + kChunkColumns < stage.end ? chunk_begin + kChunkColumns : stage.end;
+                const int64_t chunk_end =
+                    chunk_begin + kChunkColumns < stage.end ? chunk_begin + kChunkColumns : stage.end;
                 if (chunk_begin < stage.end && chunk_end == group_end) {
                     fold(group);
                     ++group, group_end += size;
@@ -153,13 +170,15 @@ __global__ void __launch_bounds__(StripShapes<kTokenTiles, kStrips, kSlices>::kT
     }
     __syncthreads();
 
-    // The slices' sums side by side, [slice][row of x][column of y]: 8 columns and 4 pairs of rows of a fragment meet 32 different banks.
+    // The slices' sums side by side, [slice][row of x][column of y]: 8 columns and 4 pairs of rows of a fragment meet
+    // 32 different banks.
     auto* const shared_sums = reinterpret_cast<int32_t*>(memory);
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int row = tile * kTileTokens + lane % 4 * 2 + i % 2, column = strip * kStripRows + lane / 4 + i / 2 * 8;
+            const int row = tile * kTileTokens + lane % 4 * 2 + i % 2,
+                      column = strip * kStripRows + lane / 4 + i / 2 * 8;
             const int32_t sum = kIsGrouped ? __float_as_int(floats[tile][i]) : sums[tile][i] >> (i / 2 * kShift);
             shared_sums[(slice * S::kRows + row) * S::kPitch + column] = sum;
         }
@@ -186,7 +205,8 @@ __global__ void __launch_bounds__(StripShapes<kTokenTiles, kStrips, kSlices>::kT
     if (!kIsGrouped && product.pieces != nullptr) {
         for (int e = thread; e < S::kTokens * S::kColumns / kQuad; e += S::kThreads) {
             const int row = e / (S::kColumns / kQuad), column = e % (S::kColumns / kQuad) * kQuad;
-            if (m0 + row < M && n0 + column < N) store_products(product, blockIdx.y, m0 + row, n0 + column, token_products(row, column));
+            if (m0 + row < M && n0 + column < N)
+                store_products(product, blockIdx.y, m0 + row, n0 + column, token_products(row, column));
         }
         return;
     }
@@ -203,7 +223,9 @@ __global__ void __launch_bounds__(StripShapes<kTokenTiles, kStrips, kSlices>::kT
 #pragma unroll
             for (int v = 0; v < kQuad; ++v) {
                 const int64_t n = n0 + column + v < N ? n0 + column + v : N - 1, block = weight.scale_rows == 1 ? 0 : n;
-                quad.at[v] = __fmul_rn(static_cast<float>(add_zero_points(products.at[v], weight.zero_point[block], offset)), weight.scale[block]);
+                quad.at[v] =
+                    __fmul_rn(static_cast<float>(add_zero_points(products.at[v], weight.zero_point[block], offset)),
+                              weight.scale[block]);
             }
         }
         const float scale = x.scale[x.per_token ? m0 + row : 0];

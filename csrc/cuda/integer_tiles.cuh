@@ -1,11 +1,11 @@
 // The integer product of many tokens: 128 (or 64) rows of x times 128 rows of W, in steps of 128 columns.
 //
-//   W    8 strips x 2 chunks a step, cp.async, 3 stages              warps      n 0..31 | 32..63 | 64..95 | 96..127
-//   x    128 rows x 8 pieces of 16 codes a step, through             m 0..63       0    |   1    |   2    |   3
-//        registers a step ahead, 2 buffers                           m 64..127     4    |   5    |   6    |   7
+//   W    8 strips x 2 chunks a step, cp.async, 3 stages         warps      n 0..31 | 32..63 | 64..95 | 96..127
+//   x    128 rows x 8 pieces of 16 codes a step, through        m 0..63       0    |   1    |   2    |   3
+//        registers a step ahead, 2 buffers                      m 64..127     4    |   5    |   6    |   7
 //
-//   A warp multiplies 2 strips by 8 (or 4) tiles of 8 tokens. Two warps share them: each adds up the codes of one, half an extra dp4a a word and row.
-//   (A row of ones in x, as strips have it, would cost an eighth more products here.)
+//   A warp multiplies 2 strips by 8 (or 4) tiles of 8 tokens. Two warps share them: each adds up the codes of one, half
+//   an extra dp4a a word and row. (A row of ones in x, as strips have it, would cost an eighth more products here.)
 //
 // Requires   4-bit containers; groups, and the ranges of pieces, are whole chunks.
 #pragma once
@@ -14,13 +14,16 @@
 
 namespace prequant::cuda {
 
-constexpr int kTileThreads = 256, kTileColumns = 128, kTileStrips = kTileColumns / kStripRows, kStepChunks = 2, kStages = 3;
+constexpr int kTileThreads = 256, kTileColumns = 128, kTileStrips = kTileColumns / kStripRows, kStepChunks = 2,
+              kStages = 3;
 constexpr int kStepPieces = kStepChunks * kChunkPieces, kFinishRows = 16, kTilePitch = kTileColumns + kQuad;
 constexpr int64_t kStepColumns = kStepChunks * kChunkColumns;
 constexpr int kColumnWarps = 4, kWarpStrips = kTileStrips / kColumnWarps;
 
-// Blocks of ungrouped tiles on a multiprocessor: registers are kept to 128 for two where its shared memory has room for two, 160 KiB or more.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+// Blocks of ungrouped tiles on a multiprocessor: registers are kept to 128 for two where its shared memory has room for
+// two, 160 KiB or more.
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
 constexpr int kTileBlocks = 1;
 #else
 constexpr int kTileBlocks = 2;
@@ -47,9 +50,11 @@ struct TileEnd {
 };
 
 template <int kRows>
-constexpr size_t kTileBytes = sizeof(TileShared<kRows>) > sizeof(TileEnd<kRows>) ? sizeof(TileShared<kRows>) : sizeof(TileEnd<kRows>);
+constexpr size_t kTileBytes = sizeof(TileShared<kRows>) > sizeof(TileEnd<kRows>) ? sizeof(TileShared<kRows>)
+                                                                                 : sizeof(TileEnd<kRows>);
 
-// Whether outliers of axis 1 are multiplied as y's 16-bit floats. Codes less their zero point are exact in both; sm_75 has no bfloat16.
+// Whether outliers of axis 1 are multiplied as y's 16-bit floats. Codes less their zero point are exact in both; sm_75
+// has no bfloat16.
 PREQUANT_DEVICE bool multiplies_outliers(const Epilogue& epilogue) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
     if (epilogue.y.dtype == Dtype::bfloat16) return false;
@@ -57,9 +62,11 @@ PREQUANT_DEVICE bool multiplies_outliers(const Epilogue& epilogue) {
     return epilogue.y.dtype != Dtype::float32 && epilogue.outliers.r > 0 && epilogue.outliers.axis == 1;
 }
 
-// values (warp's rows of W x its tokens) += outlier_weight x[:, dims]: raw floats, or codes less their zero point, which x_scale has yet to multiply.
+// values (warp's rows of W x its tokens) += outlier_weight x[:, dims]: raw floats, or codes less their zero point,
+// which x_scale has yet to multiply.
 template <typename T, int kRows, int kTokenTiles>
-PREQUANT_DEVICE void multiply_outliers(const Epilogue& epilogue, TileEnd<kRows>& end, int64_t m0, int64_t n0, int first_token, int first_column,
+PREQUANT_DEVICE void multiply_outliers(const Epilogue& epilogue, TileEnd<kRows>& end, int64_t m0, int64_t n0,
+                                       int first_token, int first_column,
                                        float (&values)[kWarpStrips][kTokenTiles][4]) {
     constexpr int kPitch = 24;  // of 16 numbers: eight rows and four pairs of a fragment meet 32 different banks
     static_assert(sizeof(T) * kPitch * (kTileColumns + kRows) <= sizeof(end.sums) + sizeof(end.scratch));
@@ -83,8 +90,10 @@ PREQUANT_DEVICE void multiply_outliers(const Epilogue& epilogue, TileEnd<kRows>&
             if (m < epilogue.y.rows && j < outliers.r) {
                 const int64_t k = outliers.dims[j];
                 if (k >= 0 && k < epilogue.source.cols())
-                    number = epilogue.source.has_codes() ? static_cast<float>(codes.codes[m * codes.K + k] - codes.zero_point[epilogue.source.token(m)])
-                                                         : value_at(epilogue.source, m, k);
+                    number = epilogue.source.has_codes()
+                                 ? static_cast<float>(codes.codes[m * codes.K + k] -
+                                                      codes.zero_point[epilogue.source.token(m)])
+                                 : value_at(epilogue.source, m, k);
             }
             tokens[e / kOutlierStep * kPitch + e % kOutlierStep] = from_float<T>(number);
         }
@@ -94,12 +103,16 @@ PREQUANT_DEVICE void multiply_outliers(const Epilogue& epilogue, TileEnd<kRows>&
         for (int strip = 0; strip < kWarpStrips; ++strip)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                a[strip][i] = load<uint32_t>(weights + (first_column + strip * kStripRows + lane / 4 + i % 2 * 8) * kPitch + i / 2 * 8 + lane % 4 * 2);
+                a[strip][i] =
+                    load<uint32_t>(weights + (first_column + strip * kStripRows + lane / 4 + i % 2 * 8) * kPitch +
+                                   i / 2 * 8 + lane % 4 * 2);
 #pragma unroll
         for (int tile = 0; tile < kTokenTiles; ++tile) {
             uint32_t b[2];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) b[i] = load<uint32_t>(tokens + (first_token + tile * kTileTokens + lane / 4) * kPitch + i * 8 + lane % 4 * 2);
+            for (int i = 0; i < 2; ++i)
+                b[i] = load<uint32_t>(tokens + (first_token + tile * kTileTokens + lane / 4) * kPitch + i * 8 +
+                                      lane % 4 * 2);
 #pragma unroll
             for (int strip = 0; strip < kWarpStrips; ++strip) mma_m16n8k16<T>(values[strip][tile], a[strip], b);
         }
@@ -107,50 +120,61 @@ PREQUANT_DEVICE void multiply_outliers(const Epilogue& epilogue, TileEnd<kRows>&
 }
 
 template <int kRows, bool kIsGrouped>
-__global__ void __launch_bounds__(kTileThreads, kIsGrouped ? 1 : kTileBlocks) linear_w4a8_tiles_kernel(IntegerProduct product, Epilogue epilogue) {
+__global__ void __launch_bounds__(kTileThreads, kIsGrouped ? 1 : kTileBlocks)
+    linear_w4a8_tiles_kernel(IntegerProduct product, Epilogue epilogue) {
     constexpr int kWarpRows = kRows / 2, kTokenTiles = kWarpRows / kTileTokens, kRowStep = kTileThreads / kStepPieces;
     constexpr int kParts = kRows / kRowStep, kChunkParts = kParts / kStepChunks, kPartTiles = kTokenTiles / kChunkParts;
-    static_assert(kWarpStrips == 2);   // one strip's codes for each of two warps to add up
+    static_assert(kWarpStrips == 2);  // one strip's codes for each of two warps to add up
     static_assert(kRowStep % 8 == 0);  // rows so far apart have their pieces in the same order
-    constexpr int kCopyStep = kTileThreads / (kStepChunks * kWarp), kCopies = kTileStrips / kCopyStep, kShift = kHighShift<4>;
+    constexpr int kCopyStep = kTileThreads / (kStepChunks * kWarp), kCopies = kTileStrips / kCopyStep,
+                  kShift = kHighShift<4>;
     auto& shared = *dynamic_shared<TileShared<kRows>>();
     const Activations& x = product.x;
     const Weight& weight = product.weight;
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp, my_strip = warp % kColumnWarps * kWarpStrips,
-              half = warp / kColumnWarps;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp,
+              my_strip = warp % kColumnWarps * kWarpStrips, half = warp / kColumnWarps;
     const int64_t M = x.M, N = weight.N, K = weight.K, G = weight.G;
     const int64_t m0 = int64_t(blockIdx.x) * kRows, n0 = int64_t(blockIdx.y) * kTileColumns;
     const CodeRange range = product.columns(blockIdx.z);
     const int64_t first_chunk = range.begin / kChunkColumns, last_chunk = ceil_div(range.end, kChunkColumns);
     const int steps = static_cast<int>(ceil_div(last_chunk - first_chunk, kStepChunks));
 
-    // One address of each operand, that of the step to be loaded next; the others of this thread are a fixed number of rows or strips further.
+    // One address of each operand, that of the step to be loaded next; the others of this thread are a fixed number of
+    // rows or strips further.
     const int copy_strip = thread / (kStepChunks * kWarp), copy_chunk = thread / kWarp % kStepChunks;
-    const int my_strips = static_cast<int>(smaller<int64_t>(ceil_div(N - n0, kStripRows), kTileStrips)) - copy_strip;  // so many from here on
+    // So many strips of this thread are left from its first one on.
+    const int my_strips = static_cast<int>(smaller<int64_t>(ceil_div(N - n0, kStripRows), kTileStrips)) - copy_strip;
     const int my_chunk_steps = static_cast<int>(ceil_div(last_chunk - first_chunk - copy_chunk, kStepChunks));
     const uint8_t* my_codes =
-        weight.packed + ((n0 / kStripRows + copy_strip) * product.chunks + first_chunk + copy_chunk) * chunk_bytes(4) + lane * lane_bytes(4);
+        weight.packed + ((n0 / kStripRows + copy_strip) * product.chunks + first_chunk + copy_chunk) * chunk_bytes(4) +
+        lane * lane_bytes(4);
     const auto copy_codes = [&](int step, int stage) {
 #pragma unroll
         for (int i = 0; i < kCopies; ++i) {
             const bool is_there = i * kCopyStep < my_strips && step < my_chunk_steps;
             const uint8_t* const from = my_codes + i * kCopyStep * product.chunks * chunk_bytes(4);
-            cp_async_16(&shared.codes[stage][thread + i * kTileThreads], is_there ? from : weight.packed, is_there ? 16 : 0);
+            cp_async_16(&shared.codes[stage][thread + i * kTileThreads], is_there ? from : weight.packed,
+                        is_there ? 16 : 0);
         }
         my_codes += kStepChunks * chunk_bytes(4);
     };
-    // A step's x comes in parts of a piece a thread. Each is loaded before the products of a few tiles and stored after them: one piece in registers.
+    // A step's x comes in parts of a piece a thread. Each is loaded before the products of a few tiles and stored after
+    // them: one piece in registers.
     Piece piece;
     const int my_row = thread / kStepPieces, my_piece = thread % kStepPieces;
     const int my_rows = static_cast<int>(smaller<int64_t>(M - m0, kRows)) - my_row;
-    const int my_piece_steps = static_cast<int>(ceil_div(ceil_div(K, kPieceCodes) - first_chunk * kChunkPieces - my_piece, kStepPieces));
-    const uint8_t* my_x = product.codes + (m0 + my_row) * product.pitch + first_chunk * kChunkColumns + my_piece * kPieceCodes;
+    const int my_piece_steps =
+        static_cast<int>(ceil_div(ceil_div(K, kPieceCodes) - first_chunk * kChunkPieces - my_piece, kStepPieces));
+    const uint8_t* my_x =
+        product.codes + (m0 + my_row) * product.pitch + first_chunk * kChunkColumns + my_piece * kPieceCodes;
     const auto load_part = [&](int step, int part) {
         const bool is_there = part * kRowStep < my_rows && step < my_piece_steps;
-        piece = is_there ? load<Piece>(my_x + part * kRowStep * product.pitch) : Piece{{kMiddle, kMiddle, kMiddle, kMiddle}};
+        piece = is_there ? load<Piece>(my_x + part * kRowStep * product.pitch)
+                         : Piece{{kMiddle, kMiddle, kMiddle, kMiddle}};
     };
     const auto store_part = [&](int buffer, int part) {
-        store_signed(shared.x[buffer] + piece_place(my_row, my_piece, kStepPieces) + part * kRowStep * kStepPieces, piece);
+        store_signed(shared.x[buffer] + piece_place(my_row, my_piece, kStepPieces) + part * kRowStep * kStepPieces,
+                     piece);
     };
 
     int32_t sums[kWarpStrips][kTokenTiles][4] = {};
@@ -188,7 +212,8 @@ __global__ void __launch_bounds__(kTileThreads, kIsGrouped ? 1 : kTileBlocks) li
 #pragma unroll
                     for (int high = 0; high < 2; ++high) {
                         int32_t& sum = sums[strip][tile][2 * high + odd];
-                        const int32_t part = product_of(sum >> (high * kShift), token_zero_point, code_sum[strip][high]);
+                        const int32_t part =
+                            product_of(sum >> (high * kShift), token_zero_point, code_sum[strip][high]);
                         const auto value = static_cast<float>(add_zero_points(part, zero_point[strip][high], offset));
                         float& total = floats[strip][tile][2 * high + odd];
                         total = __fadd_rn(total, __fmul_rn(value, scale[strip][high]));
@@ -229,10 +254,12 @@ __global__ void __launch_bounds__(kTileThreads, kIsGrouped ? 1 : kTileBlocks) li
                 const int part = chunk * kChunkParts + tile / kPartTiles;
                 if (tile % kPartTiles == 0 && step + 1 < steps) load_part(step + 1, part);
                 uint32_t tokens[4];
-                const int place = piece_place(half * kWarpRows + lane % 8, chunk * kChunkPieces + lane / 8, kStepPieces);
+                const int place =
+                    piece_place(half * kWarpRows + lane % 8, chunk * kChunkPieces + lane / 8, kStepPieces);
                 ldmatrix_x4(tokens, x_here + place + tile * kTileTokens * kStepPieces);
 #pragma unroll
-                for (int strip = 0; strip < kWarpStrips; ++strip) multiply_chunk(operands[strip], tokens, sums[strip][tile]);
+                for (int strip = 0; strip < kWarpStrips; ++strip)
+                    multiply_chunk(operands[strip], tokens, sums[strip][tile]);
                 if (tile % kPartTiles == kPartTiles - 1 && step + 1 < steps) store_part((step + 1) % 2, part);
             }
             if constexpr (kIsGrouped) {
@@ -264,7 +291,8 @@ __global__ void __launch_bounds__(kTileThreads, kIsGrouped ? 1 : kTileBlocks) li
     __syncthreads();
 
     const bool makes_pieces = !kIsGrouped && product.pieces != nullptr;
-    const bool has_columns = !makes_pieces && multiplies_outliers(epilogue);  // by tensor cores, here; otherwise finish_tile does it
+    // Outliers of axis 1 are multiplied by tensor cores, here; otherwise finish_tile does it.
+    const bool has_columns = !makes_pieces && multiplies_outliers(epilogue);
     const bool has_raw_columns = has_columns && !epilogue.source.has_codes();
     int32_t code_sum[kWarpStrips][2] = {};
     float scale[kWarpStrips][2] = {};
@@ -276,7 +304,8 @@ __global__ void __launch_bounds__(kTileThreads, kIsGrouped ? 1 : kTileBlocks) li
             const int column = column_of(strip, high);
             const int64_t n = n0 + column < N ? n0 + column : N - 1, block = weight.scale_rows == 1 ? 0 : n;
             code_sum[strip][high] = end.code_sums[column];
-            if (!makes_pieces) scale[strip][high] = weight.scale[block], zero_point[strip][high] = weight.zero_point[block];
+            if (!makes_pieces)
+                scale[strip][high] = weight.scale[block], zero_point[strip][high] = weight.zero_point[block];
         }
     float values[kWarpStrips][kTokenTiles][4];
     // Tokens outside: six registers at a time, where all of them would take 48.
@@ -292,7 +321,8 @@ __global__ void __launch_bounds__(kTileThreads, kIsGrouped ? 1 : kTileBlocks) li
                 if constexpr (kIsGrouped) {
                     value = floats[strip][tile][2 * high + odd];
                 } else {
-                    const int32_t part = product_of(sums[strip][tile][2 * high + odd] >> (high * kShift), token.zero_point, code_sum[strip][high]);
+                    const int32_t part = product_of(sums[strip][tile][2 * high + odd] >> (high * kShift),
+                                                    token.zero_point, code_sum[strip][high]);
                     const auto sum = static_cast<float>(add_zero_points(part, zero_point[strip][high], token.offset));
                     value = makes_pieces ? __int_as_float(part) : __fmul_rn(sum, scale[strip][high]);
                 }
@@ -303,7 +333,8 @@ __global__ void __launch_bounds__(kTileThreads, kIsGrouped ? 1 : kTileBlocks) li
         if (epilogue.y.dtype == Dtype::float16)
             multiply_outliers<__half, kRows>(epilogue, end, m0, n0, half * kWarpRows, my_strip * kStripRows, values);
         else
-            multiply_outliers<__nv_bfloat16, kRows>(epilogue, end, m0, n0, half * kWarpRows, my_strip * kStripRows, values);
+            multiply_outliers<__nv_bfloat16, kRows>(epilogue, end, m0, n0, half * kWarpRows, my_strip * kStripRows,
+                                                    values);
 #pragma unroll
         for (int tile = 0; tile < kTokenTiles; ++tile)
 #pragma unroll
@@ -323,20 +354,23 @@ __global__ void __launch_bounds__(kTileThreads, kIsGrouped ? 1 : kTileBlocks) li
                 const int row = token_of(tile, i % 2) - first_row;
 #pragma unroll
                 for (int strip = 0; strip < kWarpStrips; ++strip)
-                    if (row >= 0 && row < kFinishRows) end.sums[row * kTilePitch + column_of(strip, i / 2)] = values[strip][tile][i];
+                    if (row >= 0 && row < kFinishRows)
+                        end.sums[row * kTilePitch + column_of(strip, i / 2)] = values[strip][tile][i];
             }
         __syncthreads();
         if (makes_pieces) {
             for (int e = thread; e < kFinishRows * kTileColumns / kQuad; e += kTileThreads) {
                 const int row = e / (kTileColumns / kQuad), column = e % (kTileColumns / kQuad) * kQuad;
                 if (m0 + first_row + row < M && n0 + column < N)
-                    store_products(product, blockIdx.z, m0 + first_row + row, n0 + column, load<Vector<int32_t, kQuad>>(end.sums + row * kTilePitch + column));
+                    store_products(product, blockIdx.z, m0 + first_row + row, n0 + column,
+                                   load<Vector<int32_t, kQuad>>(end.sums + row * kTilePitch + column));
             }
         } else {
-            finish_tile<kTileThreads, kFinishRows, kTileColumns>(epilogue, m0 + first_row, n0, has_columns, end.scratch, [&](int row, int column) {
-                const auto sum = load<Vector<float, kQuad>>(end.sums + row * kTilePitch + column);
-                return QuadSums{{sum.at[0], sum.at[1], sum.at[2], sum.at[3]}};
-            });
+            finish_tile<kTileThreads, kFinishRows, kTileColumns>(
+                epilogue, m0 + first_row, n0, has_columns, end.scratch, [&](int row, int column) {
+                    const auto sum = load<Vector<float, kQuad>>(end.sums + row * kTilePitch + column);
+                    return QuadSums{{sum.at[0], sum.at[1], sum.at[2], sum.at[3]}};
+                });
         }
     }
 }

@@ -1,14 +1,17 @@
-// Outliers |w - mean| > threshold * std and their clipping energy, for each column and each row.              Meaning: reference.outlier_counts
+// Outliers |w - mean| > threshold * std and their clipping energy, for each column and each row.
+//                                                                                   Meaning: reference.outlier_counts
+//                 chunk 0 (32 lanes x 16 bytes)    chunk 1 ...   A warp takes one chunk of columns through one band of
+//   band 0  row 0   l0 l0 l0 l0 | l1 ... | l31                   rows. A lane keeps the counts of its columns in shared
+//           row 1   ...                                          memory; the lanes' counts of a row are added by
+//   band 1  ...                                                  shuffles, where the row has any. Both go to scratch,
+//                                                                and a second pass adds column k over the bands and
+//                                                                row n over the chunks.
 //
-//                 chunk 0 (32 lanes x 16 bytes)    chunk 1 ...          A warp takes one chunk of columns through one band of rows.
-//   band 0  row 0   l0 l0 l0 l0 | l1 ... | l31                          A lane keeps the counts of its columns in shared memory; the lanes'
-//           row 1   ...                                                 counts of a row are added by shuffles, where the row has any.
-//   band 1  ...                                                         Both go to scratch, and a second pass adds
-//                                                                       column k over the bands and row n over the chunks.
-//
-// Requires   16-byte loads need aligned rows (K a multiple of a lane's columns); otherwise a lane's columns lie 32 apart and are read singly.
+// Requires   16-byte loads need aligned rows (K a multiple of a lane's columns); otherwise a lane's columns lie 32
+//            apart and are read singly.
 // Sums in    int64 that saturates. The terms are not negative, so that no order of the sums changes a bit.
-// Limited by one read of the weight where float64 runs at a half of float32's rate, by 3 float64 operations an element elsewhere.
+// Limited by one read of the weight where float64 runs at a half of float32's rate, by 3 float64 operations an element
+//            elsewhere.
 #include <cmath>
 
 #include "cuda.h"
@@ -19,7 +22,8 @@ namespace prequant::cuda {
 namespace {
 
 constexpr int kWarp = 32, kWarpsPerBlock = 4;
-constexpr int kBlocksPerSm = 4;  // leaves a thread 128 registers; without it ptxas spills to fit more warps than the loads need
+// Leaves a thread 128 registers; without it ptxas spills to fit more warps than the loads need.
+constexpr int kBlocksPerSm = 4;
 constexpr unsigned kAllLanes = 0xffffffff;
 constexpr double kEnergyUnits = 0x1p20;  // energy is counted in units of std^2 / 2^20
 
@@ -34,11 +38,13 @@ __device__ __forceinline__ int64_t saturating_add(int64_t a, int64_t b) {
 }
 
 __device__ __forceinline__ int64_t energy_of(double deviation, double limit, double sigma) {
-    const double excess = __ddiv_rn(__dsub_rn(deviation, limit), sigma), units = rint(__dmul_rn(__dmul_rn(excess, excess), kEnergyUnits));
+    const double excess = __ddiv_rn(__dsub_rn(deviation, limit), sigma),
+                 units = rint(__dmul_rn(__dmul_rn(excess, excess), kEnergyUnits));
     return units >= 0x1p63 ? INT64_MAX : static_cast<int64_t>(units);
 }
 
-// Of a warp's columns: [j][lane] is column j of a lane. The padding lets 32 neighbouring columns be read back without bank conflicts.
+// Of a warp's columns: [j][lane] is column j of a lane. The padding lets 32 neighbouring columns be read back without
+// bank conflicts.
 template <int kColumns>
 struct ColumnTallies {
     int64_t energy[kColumns][kWarp + 16 / kColumns];
@@ -47,9 +53,11 @@ struct ColumnTallies {
 
 template <typename T, bool kWide>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, kBlocksPerSm)
-    outlier_counts_kernel(const T* __restrict__ weight, int64_t N, int64_t K, const double* __restrict__ mean, const double* __restrict__ std, double threshold,
-                          unsigned chunks, int64_t bands, int64_t band_rows, Tallies columns, Tallies rows) {
-    constexpr int kVector = kVectorBytes / sizeof(T), kRowsAhead = 32 / kVector;  // as many rows as one word has marks for
+    outlier_counts_kernel(const T* __restrict__ weight, int64_t N, int64_t K, const double* __restrict__ mean,
+                          const double* __restrict__ std, double threshold, unsigned chunks, int64_t bands,
+                          int64_t band_rows, Tallies columns, Tallies rows) {
+    // kRowsAhead: as many rows as one word has marks for.
+    constexpr int kVector = kVectorBytes / sizeof(T), kRowsAhead = 32 / kVector;
     const int64_t chunk = blockIdx.x % chunks, band = int64_t(blockIdx.x / chunks) * kWarpsPerBlock + threadIdx.y;
     const int lane = threadIdx.x;
     if (band >= bands) return;
@@ -98,7 +106,8 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, kBlocksPerSm)
                 marks |= (found & is_inside) << (u * kVector);
             }
 
-            // Outliers are rare. What follows reads them again, so that it is one piece of code for all rows and not one for each.
+            // Outliers are rare. What follows reads them again, so that it is one piece of code for all rows and not
+            // one for each.
             for (int u = 0; __any_sync(kAllLanes, marks); ++u, marks >>= kVector) {
                 const unsigned found = marks & ((1u << kVector) - 1);
                 if (!__any_sync(kAllLanes, found)) continue;
@@ -135,7 +144,8 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, kBlocksPerSm)
     }
 }
 
-__global__ void add_tallies_kernel(Tallies parts, int64_t number_of_parts, int64_t length, int64_t* __restrict__ counts, int64_t* __restrict__ energy) {
+__global__ void add_tallies_kernel(Tallies parts, int64_t number_of_parts, int64_t length, int64_t* __restrict__ counts,
+                                   int64_t* __restrict__ energy) {
     const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= length) return;
     int64_t count = 0, sum = 0;
@@ -153,10 +163,12 @@ Tallies make_tallies(int64_t size, Stream stream) {
             static_cast<int64_t*>(stream.scratch(size * static_cast<int64_t>(sizeof(int64_t))))};
 }
 
-void add_tallies(Tallies parts, int64_t number_of_parts, int64_t length, int64_t* counts, int64_t* energy, Stream stream) {
+void add_tallies(Tallies parts, int64_t number_of_parts, int64_t length, int64_t* counts, int64_t* energy,
+                 Stream stream) {
     constexpr int64_t kThreads = 128;
     if (length == 0) return;
-    const LaunchConfig config{.grid = dim3(static_cast<unsigned>(ceil_div(length, kThreads))), .block = dim3(kThreads), .stream = stream};
+    const LaunchConfig config{
+        .grid = dim3(static_cast<unsigned>(ceil_div(length, kThreads))), .block = dim3(kThreads), .stream = stream};
     launch("add_tallies_kernel", add_tallies_kernel, config, parts, number_of_parts, length, counts, energy);
 }
 
@@ -167,18 +179,20 @@ int64_t rows_of_band(int64_t N, int64_t chunks) {
 }
 
 template <typename T>
-void count_outliers(Matrix weight, const double* mean, const double* std, double threshold, int64_t* column_counts, int64_t* column_energy, int64_t* row_counts,
-                    int64_t* row_energy, Stream stream) {
+void count_outliers(Matrix weight, const double* mean, const double* std, double threshold, int64_t* column_counts,
+                    int64_t* column_energy, int64_t* row_counts, int64_t* row_energy, Stream stream) {
     constexpr int64_t kVector = kVectorBytes / sizeof(T);
     const int64_t N = weight.rows, K = weight.cols, chunks = ceil_div(K, kWarp * kVector);
     const int64_t band_rows = N && K ? rows_of_band(N, chunks) : 1, bands = K ? ceil_div(N, band_rows) : 0;
     const Tallies columns = make_tallies(bands * K, stream), rows = make_tallies(N * chunks, stream);
     if (N && K) {
         const bool is_wide = K % kVector == 0 && is_aligned(weight.data, kVectorBytes);
-        const LaunchConfig config{
-            .grid = dim3(static_cast<unsigned>(chunks * ceil_div(bands, kWarpsPerBlock))), .block = dim3(kWarp, kWarpsPerBlock), .stream = stream};
-        launch("outlier_counts_kernel", is_wide ? outlier_counts_kernel<T, true> : outlier_counts_kernel<T, false>, config, static_cast<const T*>(weight.data),
-               N, K, mean, std, threshold, static_cast<unsigned>(chunks), bands, band_rows, columns, rows);
+        const LaunchConfig config{.grid = dim3(static_cast<unsigned>(chunks * ceil_div(bands, kWarpsPerBlock))),
+                                  .block = dim3(kWarp, kWarpsPerBlock),
+                                  .stream = stream};
+        launch("outlier_counts_kernel", is_wide ? outlier_counts_kernel<T, true> : outlier_counts_kernel<T, false>,
+               config, static_cast<const T*>(weight.data), N, K, mean, std, threshold, static_cast<unsigned>(chunks),
+               bands, band_rows, columns, rows);
     }
     add_tallies(columns, bands, K, column_counts, column_energy, stream);
     add_tallies(rows, chunks, N, row_counts, row_energy, stream);
@@ -186,8 +200,8 @@ void count_outliers(Matrix weight, const double* mean, const double* std, double
 
 }  // namespace
 
-void outlier_counts(Matrix weight, const double* mean, const double* std, double threshold, int64_t* column_counts, int64_t* column_energy, int64_t* row_counts,
-                    int64_t* row_energy, Stream stream) {
+void outlier_counts(Matrix weight, const double* mean, const double* std, double threshold, int64_t* column_counts,
+                    int64_t* column_energy, int64_t* row_counts, int64_t* row_energy, Stream stream) {
     const auto count = weight.dtype == Dtype::float32   ? count_outliers<float>
                        : weight.dtype == Dtype::float16 ? count_outliers<__half>
                                                         : count_outliers<__nv_bfloat16>;

@@ -1,7 +1,8 @@
 // What the outlier dimensions add to a product, and the second pass of a product that was split along K.    outliers.cu
 //
-//   axis 1   y[m, n] += sum over j of x[m, dims[j]] values[n, j]          columns of x, gathered where they are needed
-//   axis 0   y[m, dims[j]] += side[m, j],  side = x values^T              r more rows of the weight: one skinny product beforehand
+//   axis 1   y[m, n] += sum over j of x[m, dims[j]] values[n, j]       columns of x, gathered where they are needed
+//   axis 0   y[m, dims[j]] += side[m, j],  side = x values^T           r more rows of the weight: one skinny product
+//                                                                      beforehand
 #pragma once
 
 #include "portable.cuh"
@@ -17,7 +18,8 @@ struct Source {
     PREQUANT_HOST_DEVICE int64_t rows() const { return floats.rows > codes.M ? floats.rows : codes.M; }
     PREQUANT_HOST_DEVICE int64_t cols() const { return floats.cols > codes.K ? floats.cols : codes.K; }
     PREQUANT_HOST_DEVICE bool has_codes() const { return codes.codes != nullptr; }
-    PREQUANT_HOST_DEVICE int64_t token(int64_t m) const { return codes.per_token ? m : 0; }  // whose scale and zero point row m has
+    // The token whose scale and zero point row m has.
+    PREQUANT_HOST_DEVICE int64_t token(int64_t m) const { return codes.per_token ? m : 0; }
 };
 
 // Element `index` of floats of any dtype: for gathers, where a branch costs less than the load.
@@ -36,21 +38,28 @@ PREQUANT_HOST_DEVICE inline float value_at(const Source& x, int64_t m, int64_t k
     return static_cast<float>(x.codes.codes[m * x.codes.K + k] - x.codes.zero_point[token]) * x.codes.scale[token];
 }
 
-// Byte i of a word of codes as kCodeBias + code, exactly: one byte permutation instead of a conversion, which runs at a quarter of the rate.
+// Byte i of a word of codes as kCodeBias + code, exactly: one byte permutation instead of a conversion, which runs at a
+// quarter of the rate.
 constexpr float kCodeBias = 8388608;  // 2^23: the lowest bits of such a float are an integer
-__device__ inline float biased_code(uint32_t word, int i) { return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u | static_cast<uint32_t>(i))); }
+__device__ inline float biased_code(uint32_t word, int i) {
+    return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u | static_cast<uint32_t>(i)));
+}
 
 // A grid of so many blocks along x, or an error.
 inline dim3 grid_of(const char* name, int64_t blocks) {
     constexpr int64_t kMaxGridX = 2147483647;
-    if (blocks > kMaxGridX) throw std::runtime_error(std::string(name) + ": needs " + std::to_string(blocks) + " blocks, a CUDA launch has at most 2147483647");
+    if (blocks > kMaxGridX)
+        throw std::runtime_error(std::string(name) + ": needs " + std::to_string(blocks) +
+                                 " blocks, a CUDA launch has at most 2147483647");
     return dim3(static_cast<unsigned>(blocks));
 }
 
 // side (M, r) float32 = x values^T for outliers of axis 0. Sums in float32, in a fixed order.
 void outlier_side(const Source& x, const Outliers& outliers, float* side, Stream stream);
 
-// y[m, n] = cast(sum over s = 0, 1, ... of partial[s][m][n], then the outliers, then bias[n]). side: of axis 0, else null. bias: (N) or null.
-void finish(const float* partial, int splits, const Source& x, const Outliers& outliers, const float* side, const float* bias, MutableMatrix y, Stream stream);
+// y[m, n] = cast(sum over s = 0, 1, ... of partial[s][m][n], then the outliers, then bias[n]). side: of axis 0, else
+// null. bias: (N) or null.
+void finish(const float* partial, int splits, const Source& x, const Outliers& outliers, const float* side,
+            const float* bias, MutableMatrix y, Stream stream);
 
 }  // namespace prequant::cuda

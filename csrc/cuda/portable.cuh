@@ -1,7 +1,8 @@
-// What kernels need of CUDA, under names that g++ can stand in for: tests run the same .cu files on the CPU, by ../emulator.
+// What kernels need of CUDA, under names that g++ can stand in for: tests run the same .cu files on the CPU, by
+// ../emulator.
 //
-// A kernel file keeps to four rules: launch() instead of <<<>>>; dynamic_shared<T>() and PREQUANT_SHARED(name, type) instead of
-// __shared__; load() and store() for accesses wider than one number; PTX through ptx.cuh.
+// A kernel file keeps to four rules: launch() instead of <<<>>>; dynamic_shared<T>() and PREQUANT_SHARED(name, type)
+// instead of __shared__; load() and store() for accesses wider than one number; PTX through ptx.cuh.
 #pragma once
 
 #ifdef __CUDACC__
@@ -27,18 +28,22 @@ struct LaunchConfig {
     size_t shared_bytes = 0;  // of dynamic_shared
 };
 
-// kernel<<<config>>>(arguments...), with the parameters' types checked; a launch that CUDA refuses throws and names the kernel.
+// kernel<<<config>>>(arguments...), with the parameters' types checked; a launch that CUDA refuses throws and names the
+// kernel.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const LaunchConfig& config, Arguments... arguments) {
 #ifdef __CUDACC__
     const auto check = [name](cudaError_t error) {
         if (error == cudaSuccess) return;
         cudaGetLastError();  // takes the error off the record: left there, the next launch would be blamed for it
-        throw std::runtime_error(std::string(name) + ": CUDA could not launch the kernel: " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
+        throw std::runtime_error(std::string(name) + ": CUDA could not launch the kernel: " +
+                                 cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
     };
-    constexpr size_t kUnasked = 48 * 1024;  // a block gets more shared memory only where the kernel has been marked for it
+    // A block gets more shared memory only where the kernel has been marked for it.
+    constexpr size_t kUnasked = 48 * 1024;
     if (config.shared_bytes > kUnasked)
-        check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(config.shared_bytes)));
+        check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(config.shared_bytes)));
     cudaLaunchConfig_t launch_config{};
     launch_config.gridDim = config.grid;
     launch_config.blockDim = config.block;
@@ -47,7 +52,8 @@ void launch(const char* name, void (*kernel)(Parameters...), const LaunchConfig&
     check(cudaLaunchKernelEx(&launch_config, kernel, static_cast<Parameters>(arguments)...));
     check(cudaPeekAtLastError());
 #else
-    emulator::launch(name, config.grid, config.block, config.shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); });
+    emulator::launch(name, config.grid, config.block, config.shared_bytes,
+                     [&] { kernel(static_cast<Parameters>(arguments)...); });
 #endif
 }
 
@@ -135,16 +141,20 @@ PREQUANT_HOST_DEVICE inline float to_float(__nv_bfloat16 value) { return __bfloa
 
 // ---- a grid over the rows of a matrix, each cut into chunks ----
 //
-//   row n = blockIdx.x * blockDim.y + threadIdx.y           grid.x alone reaches 2^31 - 1 blocks, so it carries the rows
-//   chunk c = blockIdx.y * blockDim.x + threadIdx.x, then on by gridDim.y * blockDim.x, because gridDim.y ends at 65535
+//   row n = blockIdx.x * blockDim.y + threadIdx.y       grid.x alone reaches 2^31 - 1 blocks, so it carries the rows
+//   chunk c = blockIdx.y * blockDim.x + threadIdx.x,    then on by gridDim.y * blockDim.x, because gridDim.y ends at
+//                                                       65535
 //
-// Neighbouring lanes take neighbouring chunks, so their accesses coalesce; a short row shares its block with the next rows.
+// Neighbouring lanes take neighbouring chunks, so their accesses coalesce; a short row shares its block with the next
+// rows.
 inline LaunchConfig row_grid(int64_t rows, int64_t chunks, Stream stream) {
     constexpr int64_t kThreads = 256, kWarp = 32, kMaxGridX = 2147483647, kMaxGridY = 65535;
     const int64_t across = std::min(kThreads, ceil_div(chunks, kWarp) * kWarp), down = kThreads / across;
     if (ceil_div(rows, down) > kMaxGridX)
-        throw std::runtime_error("a CUDA launch covers at most " + std::to_string(kMaxGridX * down) + " rows, got " + std::to_string(rows));
-    return {.grid = dim3(static_cast<unsigned>(ceil_div(rows, down)), static_cast<unsigned>(std::min(ceil_div(chunks, across), kMaxGridY))),
+        throw std::runtime_error("a CUDA launch covers at most " + std::to_string(kMaxGridX * down) + " rows, got " +
+                                 std::to_string(rows));
+    return {.grid = dim3(static_cast<unsigned>(ceil_div(rows, down)),
+                         static_cast<unsigned>(std::min(ceil_div(chunks, across), kMaxGridY))),
             .block = dim3(static_cast<unsigned>(across), static_cast<unsigned>(down)),
             .stream = stream};
 }

@@ -1,16 +1,17 @@
-// Canonical rows <-> tensor-core chunks of 16 rows x 64 columns (formats.h draws both).   Meaning: reference.tensor_core_chunks, canonical_rows
+// Canonical rows <-> tensor-core chunks of 16 rows x 64 columns (formats.h draws both).
+//                                                                 Meaning: reference.tensor_core_chunks, canonical_rows
+//   A warp moves a chunk. On the side of the rows, lane 4g + q holds half a row; on the side of the chunk, lane 4g + t
+//   holds two columns out of every eight, of two rows. Either way these are 32 codes:
 //
-//   A warp moves a chunk. On the side of the rows, lane 4g + q holds half a row; on the side of the chunk, lane 4g + t holds two columns
-//   out of every eight, of two rows. Either way these are 32 codes:
-//
-//                     columns 0 - 31     32 - 63                        lane 4g + t     columns 8u + 2t and 8u + 2t + 1, u = 0 ... 7,
-//         row g       lane 4g            lane 4g + 1                                    of row g and of row g + 8
+//                     columns 0 - 31     32 - 63              lane 4g + t     columns 8u + 2t and 8u + 2t + 1,
+//         row g       lane 4g            lane 4g + 1                          u = 0 ... 7, of row g and of row g + 8
 //         row g + 8   lane 4g + 2        lane 4g + 3
 //
-//   so the four lanes of a g have all of each other's codes, 8 for each: they transpose a 4 x 4 matrix of such parts by shuffles.
+//   so the four lanes of a g have all of each other's codes, 8 for each: they transpose a 4 x 4 matrix of such parts by
+//   shuffles.
 //
-// Requires   padding bits 0, aligned chunks. 128-bit accesses to the rows (64-bit at 2 bits) need K a multiple of their codes and aligned rows;
-//            otherwise a lane moves its half row byte by byte.
+// Requires   padding bits 0, aligned chunks. 128-bit accesses to the rows (64-bit at 2 bits) need K a multiple of their
+//            codes and aligned rows; otherwise a lane moves its half row byte by byte.
 // Limited by reading and writing each byte once.
 #include "cuda.h"
 #include "portable.cuh"
@@ -19,12 +20,13 @@ namespace prequant::cuda {
 
 namespace {
 
-constexpr int kQuad = 4;       // lanes that exchange codes
+constexpr int kQuad = 4;  // lanes that exchange codes
 constexpr int kPartCodes = 8;  // from each to each
 
 template <int kContainer>
 struct HalfRow {  // or a lane's part of a chunk: 32 codes, the first one in the lowest bits
-    static constexpr int kWords = kContainer, kPieceWords = kContainer < 4 ? kContainer : 4, kPieceBytes = 4 * kPieceWords, kBytes = 4 * kWords;
+    static constexpr int kWords = kContainer, kPieceWords = kContainer < 4 ? kContainer : 4,
+                         kPieceBytes = 4 * kPieceWords, kBytes = 4 * kWords;
     using Piece = Vector<uint32_t, kPieceWords>;
     uint32_t words[kWords];
 };
@@ -44,7 +46,9 @@ PREQUANT_HOST_DEVICE inline void copy_code(const uint32_t* from, int i, uint32_t
 
 // Where code e of the part that lanes q and t share lies in the half row of lane q, and in the chunk's part of lane t.
 PREQUANT_HOST_DEVICE constexpr int code_of_row(int t, int e) { return e / 2 * 8 + t * 2 + e % 2; }
-PREQUANT_HOST_DEVICE constexpr int code_of_chunk(int q, int e) { return chunk_code(q / 2 * 8, q % 2 * 32 + e / 2 * 8 + e % 2); }
+PREQUANT_HOST_DEVICE constexpr int code_of_chunk(int q, int e) {
+    return chunk_code(q / 2 * 8, q % 2 * 32 + e / 2 * 8 + e % 2);
+}
 
 // Part i of lane q becomes part q of lane i.
 template <int kContainer>
@@ -68,7 +72,8 @@ __device__ void transpose_quads(Parts<kContainer>& parts) {
 
 // The lane's half of row n, from byte `begin` of the row on; what the matrix lacks is 0.
 template <int kContainer, bool kWide>
-__device__ HalfRow<kContainer> load_half_row(const uint8_t* packed, int64_t n, int64_t N, int64_t begin, int64_t row_bytes) {
+__device__ HalfRow<kContainer> load_half_row(const uint8_t* packed, int64_t n, int64_t N, int64_t begin,
+                                             int64_t row_bytes) {
     using Half = HalfRow<kContainer>;
     Half half{};
     if (n >= N) return half;
@@ -90,7 +95,8 @@ __device__ HalfRow<kContainer> load_half_row(const uint8_t* packed, int64_t n, i
 }
 
 template <int kContainer, bool kWide>
-__device__ void store_half_row(const HalfRow<kContainer>& half, uint8_t* packed, int64_t n, int64_t N, int64_t begin, int64_t row_bytes) {
+__device__ void store_half_row(const HalfRow<kContainer>& half, uint8_t* packed, int64_t n, int64_t N, int64_t begin,
+                               int64_t row_bytes) {
     using Half = HalfRow<kContainer>;
     if (n >= N) return;
     uint8_t* to = packed + n * row_bytes + begin;
@@ -111,48 +117,60 @@ __device__ void store_half_row(const HalfRow<kContainer>& half, uint8_t* packed,
 }
 
 template <int kContainer, bool kWide>
-__global__ void prepack_kernel(const uint8_t* __restrict__ packed, int64_t N, int64_t K, uint8_t* __restrict__ prepacked) {
+__global__ void prepack_kernel(const uint8_t* __restrict__ packed, int64_t N, int64_t K,
+                               uint8_t* __restrict__ prepacked) {
     using Half = HalfRow<kContainer>;
-    const int64_t strip = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, chunks = chunks_along(K), row_bytes = packed_row_bytes(K, kContainer);
+    const int64_t strip = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, chunks = chunks_along(K),
+                  row_bytes = packed_row_bytes(K, kContainer);
     if (strip >= ceil_div(N, kChunkRows)) return;  // the same strip for the whole warp, so no lane misses the shuffles
     const int lane = threadIdx.x % kLanes;
     const int64_t n = strip * kChunkRows + lane / 4 + lane % 4 / 2 * 8;
-    for (int64_t at = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; at < chunks * kLanes; at += int64_t(gridDim.y) * blockDim.x) {
+    for (int64_t at = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; at < chunks * kLanes;
+         at += int64_t(gridDim.y) * blockDim.x) {
         const int64_t chunk = at / kLanes;
-        const Half row = load_half_row<kContainer, kWide>(packed, n, N, (chunk * 2 + lane % 2) * Half::kBytes, row_bytes);
+        const Half row =
+            load_half_row<kContainer, kWide>(packed, n, N, (chunk * 2 + lane % 2) * Half::kBytes, row_bytes);
         Parts<kContainer> parts{};
 #pragma unroll
         for (int e = 0; e < kQuad * kPartCodes; ++e)
-            copy_code<kContainer>(row.words, code_of_row(e / kPartCodes, e % kPartCodes), parts.words[e / kPartCodes], e % kPartCodes);
+            copy_code<kContainer>(row.words, code_of_row(e / kPartCodes, e % kPartCodes), parts.words[e / kPartCodes],
+                                  e % kPartCodes);
         transpose_quads<kContainer>(parts);
         Half codes{};
 #pragma unroll
         for (int e = 0; e < kQuad * kPartCodes; ++e)
-            copy_code<kContainer>(parts.words[e / kPartCodes], e % kPartCodes, codes.words, code_of_chunk(e / kPartCodes, e % kPartCodes));
-        store_half_row<kContainer, true>(codes, prepacked + (strip * chunks + chunk) * chunk_bytes(kContainer), lane, kLanes, 0, lane_bytes(kContainer));
+            copy_code<kContainer>(parts.words[e / kPartCodes], e % kPartCodes, codes.words,
+                                  code_of_chunk(e / kPartCodes, e % kPartCodes));
+        store_half_row<kContainer, true>(codes, prepacked + (strip * chunks + chunk) * chunk_bytes(kContainer), lane,
+                                         kLanes, 0, lane_bytes(kContainer));
     }
 }
 
 template <int kContainer, bool kWide>
-__global__ void unprepack_kernel(const uint8_t* __restrict__ prepacked, int64_t N, int64_t K, uint8_t* __restrict__ packed) {
+__global__ void unprepack_kernel(const uint8_t* __restrict__ prepacked, int64_t N, int64_t K,
+                                 uint8_t* __restrict__ packed) {
     using Half = HalfRow<kContainer>;
-    const int64_t strip = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, chunks = chunks_along(K), row_bytes = packed_row_bytes(K, kContainer);
+    const int64_t strip = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, chunks = chunks_along(K),
+                  row_bytes = packed_row_bytes(K, kContainer);
     if (strip >= ceil_div(N, kChunkRows)) return;
     const int lane = threadIdx.x % kLanes;
     const int64_t n = strip * kChunkRows + lane / 4 + lane % 4 / 2 * 8;
-    for (int64_t at = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; at < chunks * kLanes; at += int64_t(gridDim.y) * blockDim.x) {
+    for (int64_t at = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; at < chunks * kLanes;
+         at += int64_t(gridDim.y) * blockDim.x) {
         const int64_t chunk = at / kLanes;
-        const Half codes =
-            load_half_row<kContainer, true>(prepacked + (strip * chunks + chunk) * chunk_bytes(kContainer), lane, kLanes, 0, lane_bytes(kContainer));
+        const Half codes = load_half_row<kContainer, true>(
+            prepacked + (strip * chunks + chunk) * chunk_bytes(kContainer), lane, kLanes, 0, lane_bytes(kContainer));
         Parts<kContainer> parts{};
 #pragma unroll
         for (int e = 0; e < kQuad * kPartCodes; ++e)
-            copy_code<kContainer>(codes.words, code_of_chunk(e / kPartCodes, e % kPartCodes), parts.words[e / kPartCodes], e % kPartCodes);
+            copy_code<kContainer>(codes.words, code_of_chunk(e / kPartCodes, e % kPartCodes),
+                                  parts.words[e / kPartCodes], e % kPartCodes);
         transpose_quads<kContainer>(parts);
         Half row{};
 #pragma unroll
         for (int e = 0; e < kQuad * kPartCodes; ++e)
-            copy_code<kContainer>(parts.words[e / kPartCodes], e % kPartCodes, row.words, code_of_row(e / kPartCodes, e % kPartCodes));
+            copy_code<kContainer>(parts.words[e / kPartCodes], e % kPartCodes, row.words,
+                                  code_of_row(e / kPartCodes, e % kPartCodes));
         store_half_row<kContainer, kWide>(row, packed, n, N, (chunk * 2 + lane % 2) * Half::kBytes, row_bytes);
     }
 }

@@ -1,16 +1,20 @@
 // lo = min(min x, 0), hi = max(max x, 0), scale = hi/256 - lo/256, zero_point = clip(rint(-lo * (1/scale)), 0, 255)
-// codes = clip(rint(x * (1/scale)) + zero_point, 0, 255), sums[m, g] = sum of the codes of group g          Meaning: reference.quantize_activations
-//
-//   row m      0..7 | 8..15 | ... | 248..255 | 256.. |      A row belongs to 32, 128 or 512 threads, whichever hold it in registers: 4 vectors
-//   thread      0   |   1   | ... |    31    |   0   |      of 128 bits each (fp16 drawn), or 16 single values. A row longer than 512 threads
-//                                                           hold (16384 halves, 8192 floats or singles) is cut into such tiles and read twice.
+// codes = clip(rint(x * (1/scale)) + zero_point, 0, 255), sums[m, g] = sum of the codes of group g
+//                                                                              Meaning: reference.quantize_activations
+//   row m      0..7 | 8..15 | ... | 248..255 | 256.. |    A row belongs to 32, 128 or 512 threads, whichever hold it in
+//   thread      0   |   1   | ... |    31    |   0   |    registers: 4 vectors of 128 bits each (fp16 drawn), or 16
+//                                                         single values. A row longer than 512 threads hold (16384
+//                                                         halves, 8192 floats or singles) is cut into such tiles and
+//                                                         read twice.
 //
 //   per token   ranges and codes in one launch: x is read once.
-//   per tensor  1. the range of each row, to scratch   2. one block: the range of all, scale and zero point   3. codes: x is read twice.
+//   per tensor  1. the range of each row, to scratch   2. one block: the range of all, scale and zero point
+//               3. codes: x is read twice.
 //
-// Requires   128-bit loads need K a multiple of their values and aligned pointers; otherwise a thread loads one value at a time. Excluded
-//            columns that are out of range are skipped.
-// Rounds     each operation once, in float32, without contraction: bit for bit the reference. Ranges and integer sums have no order.
+// Requires   128-bit loads need K a multiple of their values and aligned pointers; otherwise a thread loads one value
+//            at a time. Excluded columns that are out of range are skipped.
+// Rounds     each operation once, in float32, without contraction: bit for bit the reference. Ranges and integer sums
+//            have no order.
 // Limited by reading x and writing the codes.
 #include <numeric>
 
@@ -22,7 +26,8 @@ namespace prequant::cuda {
 namespace {
 
 constexpr int kWarp = 32, kBlockThreads = 256, kMaxWarps = 16;
-constexpr int kThreadBytes = 64, kThreadSingles = 16;  // of a row, in the registers of one thread: 4 vectors, or 16 values
+// Of a row, in the registers of one thread: 4 vectors, or 16 values.
+constexpr int kThreadBytes = 64, kThreadSingles = 16;
 constexpr float kMinScale = 0x1p-126f;
 
 constexpr int block_threads(int row_threads) { return row_threads == kWarp ? kBlockThreads : row_threads; }
@@ -31,7 +36,7 @@ enum class Pass { token, range, encode };
 
 struct Range {
     float low, high;  // of the values and 0
-    float poison;     // 0 where all values are finite, else NaN
+    float poison;  // 0 where all values are finite, else NaN
 };
 
 struct Coding {
@@ -54,13 +59,16 @@ struct Task {  // what all kernels of a call share
     int sum_lanes;  // so many neighbouring lanes always have vectors of one group; 0: a vector may straddle groups
 };
 
-__device__ inline Range merge(const Range& a, const Range& b) { return {fminf(a.low, b.low), fmaxf(a.high, b.high), a.poison + b.poison}; }
+__device__ inline Range merge(const Range& a, const Range& b) {
+    return {fminf(a.low, b.low), fmaxf(a.high, b.high), a.poison + b.poison};
+}
 
 __device__ inline Range merge_lanes(Range range) {
 #pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2)
-        range = merge(range, {__shfl_xor_sync(0xffffffff, range.low, step), __shfl_xor_sync(0xffffffff, range.high, step),
-                              __shfl_xor_sync(0xffffffff, range.poison, step)});
+        range =
+            merge(range, {__shfl_xor_sync(0xffffffff, range.low, step), __shfl_xor_sync(0xffffffff, range.high, step),
+                          __shfl_xor_sync(0xffffffff, range.poison, step)});
     return range;
 }
 
@@ -86,7 +94,8 @@ __device__ inline Coding coding_of(const Range& range) {
 // A thread's share of a tile of a row: vectors thread, thread + kThreads, ...
 template <typename T, int kValues, int kThreads>
 struct Tile {
-    static constexpr int kVectors = kValues == 1 ? kThreadSingles : kThreadBytes / kVectorBytes, kColumns = kVectors * kValues * kThreads;
+    static constexpr int kVectors = kValues == 1 ? kThreadSingles : kThreadBytes / kVectorBytes,
+                         kColumns = kVectors * kValues * kThreads;
     Vector<T, kValues> vectors[kVectors];
 
     static __device__ int column(int begin, int thread, int i) { return begin + (i * kThreads + thread) * kValues; }
@@ -101,7 +110,8 @@ struct Tile {
         clear();
 #pragma unroll
         for (int i = 0; i < kVectors; ++i)
-            if (column(begin, thread, i) < task.K) vectors[i] = load<Vector<T, kValues>>(row + column(begin, thread, i));
+            if (column(begin, thread, i) < task.K)
+                vectors[i] = load<Vector<T, kValues>>(row + column(begin, thread, i));
         if (task.excluded_size == 0) return;
         uint32_t is_excluded = 0;  // bit i * kValues + j: value j of vector i
 #pragma unroll 1
@@ -136,7 +146,8 @@ __device__ inline int code_of(float x, const Coding& coding) {
 
 // Adds a vector's codes to the sums of their groups: where neighbouring lanes share a group, their sum at once.
 template <int kValues>
-__device__ void add_to_groups(const Vector<uint8_t, kValues>& codes, int32_t vector_sum, const Task& task, int64_t m, int k, int thread) {
+__device__ void add_to_groups(const Vector<uint8_t, kValues>& codes, int32_t vector_sum, const Task& task, int64_t m,
+                              int k, int thread) {
     vector_sum = sum_lanes(vector_sum, task.sum_lanes);
     if (k >= task.K) return;
     const int group = k / task.group_size;
@@ -153,9 +164,11 @@ __device__ void add_to_groups(const Vector<uint8_t, kValues>& codes, int32_t vec
     }
 }
 
-// Writes the codes of a tile; returns the sum of the thread's own, or adds them to their groups' sums where there are several.
+// Writes the codes of a tile; returns the sum of the thread's own, or adds them to their groups' sums where there are
+// several.
 template <typename T, int kValues, int kThreads>
-__device__ int32_t encode(Tile<T, kValues, kThreads>& tile, const Coding& coding, const Task& task, int64_t m, int begin, int thread) {
+__device__ int32_t encode(Tile<T, kValues, kThreads>& tile, const Coding& coding, const Task& task, int64_t m,
+                          int begin, int thread) {
     if (!coding.is_finite) tile.clear();  // codes 0
     int32_t sum = 0;
 #pragma unroll
@@ -186,7 +199,8 @@ __device__ int32_t encode(Tile<T, kValues, kThreads>& tile, const Coding& coding
 
 // 768 threads a multiprocessor, or one block of 512: room for 80 registers, so that nothing is spilled.
 template <typename T, int kValues, int kThreads>
-__global__ void __launch_bounds__(block_threads(kThreads), 768 / block_threads(kThreads)) quantize_activations_kernel(const T* __restrict__ x, Task task) {
+__global__ void __launch_bounds__(block_threads(kThreads), 768 / block_threads(kThreads))
+    quantize_activations_kernel(const T* __restrict__ x, Task task) {
     constexpr int kRowWarps = kThreads / kWarp;
     using RowTile = Tile<T, kValues, kThreads>;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
@@ -273,10 +287,14 @@ void launch_rows(const void* x, Task task, Stream stream) {
     constexpr int kRows = block_threads(kThreads) / kThreads;
     constexpr int64_t kMaxGridX = 2147483647;
     if (ceil_div(task.M, kRows) > kMaxGridX)
-        throw std::runtime_error("a CUDA launch covers at most " + std::to_string(kMaxGridX * kRows) + " rows, got " + std::to_string(task.M));
+        throw std::runtime_error("a CUDA launch covers at most " + std::to_string(kMaxGridX * kRows) + " rows, got " +
+                                 std::to_string(task.M));
     if (task.group_size % kValues == 0) task.sum_lanes = std::gcd(task.group_size / kValues, kWarp);
     launch("quantize_activations_kernel", quantize_activations_kernel<T, kValues, kThreads>,
-           {.grid = dim3(static_cast<unsigned>(ceil_div(task.M, kRows))), .block = dim3(kThreads, kRows), .stream = stream}, static_cast<const T*>(x), task);
+           {.grid = dim3(static_cast<unsigned>(ceil_div(task.M, kRows))),
+            .block = dim3(kThreads, kRows),
+            .stream = stream},
+           static_cast<const T*>(x), task);
 }
 
 template <typename T>
@@ -284,7 +302,8 @@ void launch_pass(const void* x, const Task& task, Stream stream) {
     constexpr int kValues = kVectorBytes / sizeof(T);
     if (task.M == 0) return;
     if (task.K % kValues != 0 || !is_aligned(x, kVectorBytes) || !is_aligned(task.codes, kValues))
-        return task.K <= Tile<T, 1, 32>::kColumns ? launch_rows<T, 1, 32>(x, task, stream) : launch_rows<T, 1, 512>(x, task, stream);
+        return task.K <= Tile<T, 1, 32>::kColumns ? launch_rows<T, 1, 32>(x, task, stream)
+                                                  : launch_rows<T, 1, 512>(x, task, stream);
     if (task.K <= Tile<T, kValues, 32>::kColumns) return launch_rows<T, kValues, 32>(x, task, stream);
     if (task.K <= Tile<T, kValues, 128>::kColumns) return launch_rows<T, kValues, 128>(x, task, stream);
     return launch_rows<T, kValues, 512>(x, task, stream);
@@ -301,17 +320,21 @@ void launch_pass(const Matrix& x, Task task, Pass pass, Stream stream) {
 
 }  // namespace
 
-void quantize_activations(Matrix x, bool per_token, int64_t G, const int64_t* excluded, int64_t size, uint8_t* codes, float* scale, uint8_t* zero_point,
-                          int32_t* sums, Stream stream) {
-    constexpr int64_t kMaxColumns = INT32_MAX - kThreadBytes * 512;  // columns are counted in 32 bits, up to a tile past the end
+void quantize_activations(Matrix x, bool per_token, int64_t G, const int64_t* excluded, int64_t size, uint8_t* codes,
+                          float* scale, uint8_t* zero_point, int32_t* sums, Stream stream) {
+    // Columns are counted in 32 bits, up to a tile past the end.
+    constexpr int64_t kMaxColumns = INT32_MAX - kThreadBytes * 512;
     if (x.cols > kMaxColumns)
-        throw std::runtime_error("quantize_activations: a GPU takes rows of at most " + std::to_string(kMaxColumns) + " values, got " + std::to_string(x.cols));
+        throw std::runtime_error("quantize_activations: a GPU takes rows of at most " + std::to_string(kMaxColumns) +
+                                 " values, got " + std::to_string(x.cols));
     const int K = static_cast<int>(x.cols), groups = static_cast<int>(G);
-    Task task{x.rows, K, groups, groups > 0 ? K / groups : 0, excluded, size, codes, scale, zero_point, sums, nullptr, Pass::token, 0};
+    Task task{x.rows,  K,           groups, groups > 0 ? K / groups : 0, excluded, size, codes, scale, zero_point, sums,
+              nullptr, Pass::token, 0};
     if (per_token) return launch_pass(x, task, Pass::token, stream);
     task.ranges = static_cast<Range*>(stream.scratch(x.rows * static_cast<int64_t>(sizeof(Range))));
     launch_pass(x, task, Pass::range, stream);
-    launch("tensor_coding_kernel", tensor_coding_kernel, {.grid = dim3(1), .block = dim3(kMaxWarps * kWarp), .stream = stream}, task);
+    launch("tensor_coding_kernel", tensor_coding_kernel,
+           {.grid = dim3(1), .block = dim3(kMaxWarps * kWarp), .stream = stream}, task);
     launch_pass(x, task, Pass::encode, stream);
 }
 

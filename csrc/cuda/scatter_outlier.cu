@@ -1,11 +1,14 @@
-// axis 1: dense[n, dims[j]] = (or +=) values[n, j]      axis 0: dense[dims[j], k] = (or +=) values[j, k]      Meaning: reference.scatter_outlier_
+// axis 1: dense[n, dims[j]] = (or +=) values[n, j]
+// axis 0: dense[dims[j], k] = (or +=) values[j, k]                                  Meaning: reference.scatter_outlier_
 //
-//   axis 1   a thread writes one value; neighbours have the values of one row.      axis 0   a thread writes four neighbours of one row: one
-//            values (n)   0   1   2   3   4        dims 3 17 18 40 41                        load of 128 bits, one store of 128 or 64.
-//            column       3  17  18  40  41                                                  k   0 ... 3 | 4 ... 7 | ...
+//   axis 1   a thread writes one value; neighbours have       axis 0   a thread writes four neighbours of one row: one
+//            the values of one row.                                    load of 128 bits, one store of 128 or 64.
+//            values (n)   0   1   2   3   4                            dims 3 17 18 40 41
+//            column       3  17  18  40  41                            k    0 ... 3 | 4 ... 7 | ...
 //
-// Requires   dims distinct: two threads that meet in one element would race. A dimension that is out of range is skipped, since the host does not
-//            read dims back from a GPU. Four at a time need a width that is a multiple of 4, and aligned pointers; otherwise one at a time.
+// Requires   dims distinct: two threads that meet in one element would race. A dimension that is out of range is
+//            skipped, since the host does not read dims back from a GPU. Four at a time need a width that is a multiple
+//            of 4, and aligned pointers; otherwise one at a time.
 // Rounds     a value to dense's type, then the sum once more: as plain torch adds two tensors of that type.
 // Limited by latency: r of the columns or rows, a few sectors each.
 #include "cuda.h"
@@ -22,10 +25,12 @@ __device__ T written(T old, float value, bool accumulate) {
 }
 
 template <typename T>
-__global__ void scatter_columns_kernel(T* __restrict__ dense, int64_t N, int64_t K, Outliers outliers, bool accumulate) {
+__global__ void scatter_columns_kernel(T* __restrict__ dense, int64_t N, int64_t K, Outliers outliers,
+                                       bool accumulate) {
     const int64_t n = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
     if (n >= N) return;
-    for (int64_t j = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; j < outliers.r; j += int64_t(gridDim.y) * blockDim.x) {
+    for (int64_t j = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; j < outliers.r;
+         j += int64_t(gridDim.y) * blockDim.x) {
         const int64_t k = outliers.dims[j];
         if (k < 0 || k >= K) continue;
         T& element = dense[n * K + k];
@@ -34,7 +39,8 @@ __global__ void scatter_columns_kernel(T* __restrict__ dense, int64_t N, int64_t
 }
 
 template <typename T, int kValues>
-__global__ void scatter_rows_kernel(T* __restrict__ dense, int64_t N, int64_t row_pieces, Outliers outliers, bool accumulate) {
+__global__ void scatter_rows_kernel(T* __restrict__ dense, int64_t N, int64_t row_pieces, Outliers outliers,
+                                    bool accumulate) {
     using Values = Vector<float, kValues>;
     using Elements = Vector<T, kValues>;
     const int64_t j = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -43,7 +49,8 @@ __global__ void scatter_rows_kernel(T* __restrict__ dense, int64_t N, int64_t ro
     if (n < 0 || n >= N) return;
     const Values* from = reinterpret_cast<const Values*>(outliers.values) + j * row_pieces;
     Elements* to = reinterpret_cast<Elements*>(dense) + n * row_pieces;
-    for (int64_t piece = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; piece < row_pieces; piece += int64_t(gridDim.y) * blockDim.x) {
+    for (int64_t piece = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; piece < row_pieces;
+         piece += int64_t(gridDim.y) * blockDim.x) {
         const auto values = load<Values>(from + piece);
         Elements elements{};
         if (accumulate) elements = load<Elements>(to + piece);
@@ -58,13 +65,15 @@ void scatter_outlier_to(MutableMatrix dense, const Outliers& outliers, bool accu
     constexpr int kValues = 4;
     T* to = static_cast<T*>(dense.data);
     if (outliers.axis == 1) {
-        launch("scatter_columns_kernel", scatter_columns_kernel<T>, row_grid(dense.rows, outliers.r, stream), to, dense.rows, dense.cols, outliers, accumulate);
+        launch("scatter_columns_kernel", scatter_columns_kernel<T>, row_grid(dense.rows, outliers.r, stream), to,
+               dense.rows, dense.cols, outliers, accumulate);
         return;
     }
-    const bool is_wide = dense.cols % kValues == 0 && is_aligned(to, kValues * sizeof(T)) && is_aligned(outliers.values, kVectorBytes);
+    const bool is_wide =
+        dense.cols % kValues == 0 && is_aligned(to, kValues * sizeof(T)) && is_aligned(outliers.values, kVectorBytes);
     const int64_t pieces = is_wide ? dense.cols / kValues : dense.cols;
-    launch("scatter_rows_kernel", is_wide ? scatter_rows_kernel<T, kValues> : scatter_rows_kernel<T, 1>, row_grid(outliers.r, pieces, stream), to, dense.rows,
-           pieces, outliers, accumulate);
+    launch("scatter_rows_kernel", is_wide ? scatter_rows_kernel<T, kValues> : scatter_rows_kernel<T, 1>,
+           row_grid(outliers.r, pieces, stream), to, dense.rows, pieces, outliers, accumulate);
 }
 
 }  // namespace

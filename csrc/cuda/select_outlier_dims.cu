@@ -1,9 +1,11 @@
-// The r dimensions with most outliers, ascending; ties go to the larger energy, then to the lower index.     Meaning: reference.select_outlier_dims
-//
-//   rank of i = how many j come before i      1. by importance: dimension i goes to place rank(i) of `best`, if that is below r
+// The r dimensions with most outliers, ascending; ties go to the larger energy, then to the lower index.
+//                                                                                Meaning: reference.select_outlier_dims
+//   rank of i = how many j come before i      1. by importance: dimension i goes to place rank(i) of `best`, if that is
+//                                                below r
 //                                             2. by index:      best[i] goes to place rank(i) of `dims`
 //
-//   lane   0  1 ... 31 |  0  1 ... 31 | ...   A warp ranks 8 items at once; its lanes read all items in turn, and add their counts at the end.
+//   lane   0  1 ... 31 |  0  1 ... 31 | ...   A warp ranks 8 items at once; its lanes read all items in turn, and add
+//                                             their counts at the end.
 //
 // Requires   items that differ: places are then all taken, each by one.
 // Limited by size^2 comparisons, 17 million at 4096 dimensions, and at few of them by its two launches.
@@ -38,7 +40,8 @@ struct ByIndex {
 };
 
 template <typename Order>
-__global__ void __launch_bounds__(kWarp* kWarpsPerBlock) rank_kernel(Order order, int64_t size, int64_t places, int64_t* __restrict__ ranked) {
+__global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
+    rank_kernel(Order order, int64_t size, int64_t places, int64_t* __restrict__ ranked) {
     const int64_t first = (int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.y) * kItems;
     const int lane = threadIdx.x;
     if (first >= size) return;
@@ -62,14 +65,16 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) rank_kernel(Order order
 
 template <typename Order>
 void rank(const Order& order, int64_t size, int64_t places, int64_t* ranked, Stream stream) {
-    const LaunchConfig config{
-        .grid = dim3(static_cast<unsigned>(ceil_div(size, kWarpsPerBlock * kItems))), .block = dim3(kWarp, kWarpsPerBlock), .stream = stream};
+    const LaunchConfig config{.grid = dim3(static_cast<unsigned>(ceil_div(size, kWarpsPerBlock * kItems))),
+                              .block = dim3(kWarp, kWarpsPerBlock),
+                              .stream = stream};
     launch("rank_kernel", rank_kernel<Order>, config, order, size, places, ranked);
 }
 
 }  // namespace
 
-void select_outlier_dims(const int64_t* counts, const int64_t* energy, int64_t size, int64_t r, int64_t* dims, Stream stream) {
+void select_outlier_dims(const int64_t* counts, const int64_t* energy, int64_t size, int64_t r, int64_t* dims,
+                         Stream stream) {
     if (r == 0) return;
     int64_t* best = static_cast<int64_t*>(stream.scratch(r * static_cast<int64_t>(sizeof(int64_t))));
     rank(ByImportance{counts, energy}, size, r, best, stream);

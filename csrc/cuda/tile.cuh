@@ -1,14 +1,17 @@
-// What linear_w4a16 and linear_dx share: a block makes one tile of the result, out (M, columns) = x (M, depth) times the weight.
+// What linear_w4a16 and linear_dx share: a block makes one tile of the result,
+//     out (M, columns) = x (M, depth) times the weight.
 //
-//                      columns                 A warp makes all rows of its share of the columns, so that it dequantizes a code once.
-//               warp 0  warp 1  ...  warp 7    The reduction is marched in steps of kDepth; a ring of slots in shared memory holds the
-//             +-------+-------+- -+-------+    next ones. A slot has rows of x, then chunks of the weight:
-//        rows |       |       |   |       |
-//             +-------+-------+- -+-------+        x       unit u (8 numbers) of row m lies at u ^ (m % 8): eight rows' units
-//                                                          of one column, an ldmatrix, meet all banks
-//    slot     [ x | chunks ] [ x | chunks ] ...    chunks  512 bytes each (4 bits), lane by lane: 128-bit loads meet all banks
+//                      columns               A warp makes all rows of its share of the columns, so that it dequantizes
+//               warp 0  warp 1  ...  warp 7  a code once. The reduction is marched in steps of kDepth; a ring of slots
+//             +-------+-------+- -+-------+  in shared memory holds the next ones. A slot has rows of x, then chunks of
+//        rows |       |       |   |       |  the weight:
+//             +-------+-------+- -+-------+      x       unit u (8 numbers) of row m lies at u ^ (m % 8): eight rows'
+//                                                        units of one column, an ldmatrix, meet all banks
+//    slot     [ x | chunks ] [ x | chunks ] ...  chunks  512 bytes each (4 bits), lane by lane: 128-bit loads meet all
+//                                                        banks
 //
-// Rows of x past M, numbers past depth and chunks past the weight's end are copied as zeros, so no product has a special case.
+// Rows of x past M, numbers past depth and chunks past the weight's end are copied as zeros, so no product has a
+// special case.
 #pragma once
 
 #include "outliers.cuh"
@@ -24,8 +27,8 @@ struct Product {
     void* out;  // (M, columns)
     int64_t columns;
     bool is_out_wide;  // whether units of 16 bytes of out can be stored
-    float* partial;    // (parts, M, columns) where the reduction is cut, else null
-    int steps;         // of a part
+    float* partial;  // (parts, M, columns) where the reduction is cut, else null
+    int steps;  // of a part
 
     // out[m, c] += sum over j < gathered of x[m, dims[j]] values[c * along_column + j * along_outlier]
     const int64_t* dims;
@@ -43,13 +46,15 @@ __global__ void pad_rows_kernel(const T* __restrict__ x, int64_t columns, int64_
     if (column < stride) padded[row * stride + column] = column < columns ? x[row * columns + column] : T{};
 }
 
-// The product of 16-bit floats x with this weight, without its outliers and bias. Where rows of x do not lie on 16 bytes, they are copied to rows that do.
+// The product of 16-bit floats x with this weight, without its outliers and bias. Where rows of x do not lie on 16
+// bytes, they are copied to rows that do.
 inline Product product_of(Matrix x, const Weight& weight, MutableMatrix out, Stream stream) {
     constexpr int64_t kUnit = kVectorBytes / 2;
     if (!is_aligned(weight.packed, kVectorBytes))
         throw std::runtime_error("a prepacked weight must lie on a multiple of 16 bytes: clone() makes one that does");
     Product p{};
-    p.x = x.data, p.M = x.rows, p.depth = x.cols, p.stride = x.cols, p.weight = weight, p.out = out.data, p.columns = out.cols;
+    p.x = x.data, p.M = x.rows, p.depth = x.cols, p.stride = x.cols, p.weight = weight, p.out = out.data,
+    p.columns = out.cols;
     p.group_chunks = weight.G == 1 ? 0 : static_cast<int>(weight.K / weight.G / kChunkColumns);
     p.is_out_wide = out.cols % kUnit == 0 && is_aligned(out.data, kVectorBytes);
     if (x.rows > 0 && x.cols > 0 && (x.cols % kUnit != 0 || !is_aligned(x.data, kVectorBytes))) {
@@ -57,7 +62,9 @@ inline Product product_of(Matrix x, const Weight& weight, MutableMatrix out, Str
         p.stride = ceil_div(x.cols, kUnit) * kUnit;
         auto* padded = static_cast<uint16_t*>(stream.scratch(p.M * p.stride * 2));
         launch("pad_rows_kernel", pad_rows_kernel<uint16_t>,
-               {.grid = dim3(static_cast<unsigned>(p.M), static_cast<unsigned>(ceil_div(p.stride, kThreads))), .block = dim3(kThreads), .stream = stream},
+               {.grid = dim3(static_cast<unsigned>(p.M), static_cast<unsigned>(ceil_div(p.stride, kThreads))),
+                .block = dim3(kThreads),
+                .stream = stream},
                static_cast<const uint16_t*>(x.data), x.cols, p.stride, padded);
         p.x = padded;
     }
@@ -66,19 +73,26 @@ inline Product product_of(Matrix x, const Weight& weight, MutableMatrix out, Str
 
 template <int kRows_, int kColumns_, int kDepth_, int kWarps_>
 struct Tile {
-    static constexpr int kRows = kRows_, kColumns = kColumns_, kDepth = kDepth_, kWarps = kWarps_, kThreads = kWarps * kLanes;
-    static constexpr int kRowTiles = kRows / 16, kWarpColumns = kColumns / kWarps, kColumnTiles = kWarpColumns / 8;  // of an mma's result, in a warp
-    static constexpr int kUnits = kDepth / 8;                                                                        // of a row of x
+    static constexpr int kRows = kRows_, kColumns = kColumns_, kDepth = kDepth_, kWarps = kWarps_,
+                         kThreads = kWarps * kLanes;
+    // Tiles of an mma's result, in a warp.
+    static constexpr int kRowTiles = kRows / 16, kWarpColumns = kColumns / kWarps, kColumnTiles = kWarpColumns / 8;
+    static constexpr int kUnits = kDepth / 8;  // of a row of x
     static constexpr int kRowBytes = kDepth * 2, kXBytes = kRows * kRowBytes;
     static constexpr int kChunks = kColumns * kDepth / static_cast<int>(kChunkRows * kChunkColumns);
     static_assert(kUnits % 8 == 0 && kRows % 16 == 0 && kThreads % kUnits == 0);
 
-    PREQUANT_HOST_DEVICE static constexpr int slot_bytes(int container) { return kXBytes + kChunks * static_cast<int>(chunk_bytes(container)); }
+    PREQUANT_HOST_DEVICE static constexpr int slot_bytes(int container) {
+        return kXBytes + kChunks * static_cast<int>(chunk_bytes(container));
+    }
 
     // After the last step the ring's memory holds gathered columns and, in their place later, the tile of the result.
     static constexpr int kGatherPitch = 24, kOutPitch = kColumns + 8;  // in numbers: rows then meet different banks
-    static constexpr int kGatherBytes = (kRows + kColumns) * kGatherPitch * 2, kColumnBytes = kColumns * 4, kOutBytes = kRows * kOutPitch * 2;
-    static constexpr int shared_bytes(int container, int slots) { return std::max({slots * slot_bytes(container), kGatherBytes, kColumnBytes, kOutBytes}); }
+    static constexpr int kGatherBytes = (kRows + kColumns) * kGatherPitch * 2, kColumnBytes = kColumns * 4,
+                         kOutBytes = kRows * kOutPitch * 2;
+    static constexpr int shared_bytes(int container, int slots) {
+        return std::max({slots * slot_bytes(container), kGatherBytes, kColumnBytes, kOutBytes});
+    }
 };
 
 // Accumulators of a warp: of the rows 16 i .. and the columns 8 q .. of its share, as an mma leaves them.
@@ -95,44 +109,52 @@ __device__ __forceinline__ int x_offset(int row, int unit) {
     return row * TileT::kRowBytes + (unit ^ (row & 7)) * 16;
 }
 
-// Copies rows m0 .. of x to slot after slot, kDepth numbers at a time from k0 on. A thread copies one unit of every kAtOnce-th row.
+// Copies rows m0 .. of x to slot after slot, kDepth numbers at a time from k0 on. A thread copies one unit of every
+// kAtOnce-th row.
 template <typename TileT>
 struct CopyX {
     static constexpr int kAtOnce = TileT::kThreads / TileT::kUnits, kTimes = ceil_div(TileT::kRows, kAtOnce);
     static_assert(kAtOnce % 8 == 0 && TileT::kRows % kAtOnce == 0);
     const uint8_t* from;
-    int64_t apart;         // bytes between a thread's rows
+    int64_t apart;  // bytes between a thread's rows
     int rows, steps, to;  // rows of M from the thread's first on; steps whose unit lies inside depth; offset in a slot
 
     __device__ __forceinline__ CopyX(const Product& p, int64_t m0, int64_t k0) {
         const int thread = static_cast<int>(threadIdx.x), unit = thread % TileT::kUnits, row = thread / TileT::kUnits;
         from = static_cast<const uint8_t*>(p.x) + ((m0 + row) * p.stride + k0 + unit * 8) * 2;
         apart = kAtOnce * p.stride * 2;
-        rows = as_int(p.M - m0 - row), steps = as_int(ceil_div(p.depth - k0 - unit * 8, TileT::kDepth)), to = x_offset<TileT>(row, unit);
+        rows = as_int(p.M - m0 - row), steps = as_int(ceil_div(p.depth - k0 - unit * 8, TileT::kDepth)),
+        to = x_offset<TileT>(row, unit);
     }
     __device__ __forceinline__ void operator()(uint8_t* slot) {
         const uint8_t* row = from;
 #pragma unroll
-        for (int i = 0; i < kTimes; ++i, row += apart) cp_async_16(slot + to + i * kAtOnce * TileT::kRowBytes, row, steps > 0 && i * kAtOnce < rows ? 16 : 0);
+        for (int i = 0; i < kTimes; ++i, row += apart)
+            cp_async_16(slot + to + i * kAtOnce * TileT::kRowBytes, row, steps > 0 && i * kAtOnce < rows ? 16 : 0);
         from += TileT::kRowBytes, --steps;
     }
 };
 
-// Copies a rectangle of kDown x kAcross chunks to slot after slot, from chunk row `down` and chunk column `across` on: the next one lies beside it, or
-// (kIsDownward) below it.
+// Copies a rectangle of kDown x kAcross chunks to slot after slot, from chunk row `down` and chunk column `across` on:
+// the next one lies beside it, or (kIsDownward) below it.
 template <typename TileT, int kContainer, int kDown, int kAcross, bool kIsDownward>
 struct CopyChunks {
-    static constexpr int kBytes = static_cast<int>(chunk_bytes(kContainer)), kChunkUnits = kBytes / 16, kRowUnits = kAcross * kChunkUnits;
-    static constexpr int kTimes = kDown * kRowUnits / TileT::kThreads;                                  // units of a thread
-    static constexpr int kRowsAtOnce = TileT::kThreads >= kRowUnits ? TileT::kThreads / kRowUnits : 1;  // or a row takes several times
-    static constexpr int kTimesARow = TileT::kThreads >= kRowUnits ? 1 : kRowUnits / TileT::kThreads, kColumnsAtOnce = TileT::kThreads / kChunkUnits;
-    static_assert(kDown * kAcross == TileT::kChunks && kDown * kRowUnits % TileT::kThreads == 0 && TileT::kThreads % kChunkUnits == 0);
+    static constexpr int kBytes = static_cast<int>(chunk_bytes(kContainer)), kChunkUnits = kBytes / 16,
+                         kRowUnits = kAcross * kChunkUnits;
+    static constexpr int kTimes = kDown * kRowUnits / TileT::kThreads;  // units of a thread
+    // Or a row takes several times.
+    static constexpr int kRowsAtOnce = TileT::kThreads >= kRowUnits ? TileT::kThreads / kRowUnits : 1;
+    static constexpr int kTimesARow = TileT::kThreads >= kRowUnits ? 1 : kRowUnits / TileT::kThreads,
+                         kColumnsAtOnce = TileT::kThreads / kChunkUnits;
+    static_assert(kDown * kAcross == TileT::kChunks && kDown * kRowUnits % TileT::kThreads == 0 &&
+                  TileT::kThreads % kChunkUnits == 0);
     const uint8_t* from;
     int64_t row_bytes;
     int rows, columns, to;  // chunks left from the thread's first on; offset in a slot
 
     __device__ __forceinline__ CopyChunks(const Weight& weight, int64_t down, int64_t across) {
-        const int thread = static_cast<int>(threadIdx.x), unit = thread % kChunkUnits, row = thread / kRowUnits, column = thread % kRowUnits / kChunkUnits;
+        const int thread = static_cast<int>(threadIdx.x), unit = thread % kChunkUnits, row = thread / kRowUnits,
+                  column = thread % kRowUnits / kChunkUnits;
         const int64_t all_columns = chunks_along(weight.K);
         row_bytes = all_columns * kBytes;
         from = weight.packed + (down + row) * row_bytes + (across + column) * kBytes + unit * 16;
@@ -144,7 +166,8 @@ struct CopyChunks {
 #pragma unroll
         for (int i = 0; i < kTimes; ++i) {
             const int down = i / kTimesARow * kRowsAtOnce, across = i % kTimesARow * kColumnsAtOnce;
-            cp_async_16_evict_first(slot + to + i * kColumnsAtOnce * kBytes, row + across * kBytes, down < rows && across < columns ? 16 : 0);
+            cp_async_16_evict_first(slot + to + i * kColumnsAtOnce * kBytes, row + across * kBytes,
+                                    down < rows && across < columns ? 16 : 0);
             if ((i + 1) % kTimesARow == 0) row += kRowsAtOnce * row_bytes;
         }
         if constexpr (kIsDownward) {
@@ -160,10 +183,12 @@ template <typename TileT>
 __device__ __forceinline__ void load_x(uint32_t (&a)[TileT::kRowTiles][4], const uint8_t* slot, int step) {
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
 #pragma unroll
-    for (int i = 0; i < TileT::kRowTiles; ++i) ldmatrix_x4(a[i], slot + x_offset<TileT>(i * 16 + lane % 16, step * 2 + lane / 16));
+    for (int i = 0; i < TileT::kRowTiles; ++i)
+        ldmatrix_x4(a[i], slot + x_offset<TileT>(i * 16 + lane % 16, step * 2 + lane / 16));
 }
 
-// multiply(step, slot) for each step in turn, with fetch(slot) of the steps in turn run ahead by all but one of the slots.
+// multiply(step, slot) for each step in turn, with fetch(slot) of the steps in turn run ahead by all but one of the
+// slots.
 template <typename Fetch, typename Multiply>
 __device__ __forceinline__ void march(int steps, int slots, int slot_bytes, Fetch fetch, Multiply multiply) {
     uint8_t* ring = dynamic_shared<uint8_t>();
@@ -199,7 +224,9 @@ __device__ __forceinline__ void add_gathered(Sums<TileT>& sums, const Product& p
         __syncthreads();
         for (int e = thread; e < TileT::kRows * 16; e += TileT::kThreads) {
             const int64_t row = m0 + e / 16, j = j0 + e % 16, k = j < p.gathered ? p.dims[j] : -1;
-            gathered[e / 16 * kPitch + e % 16] = row < p.M && k >= 0 && k < p.depth ? static_cast<const T*>(p.x)[row * p.stride + k] : from_float<T>(0.0f);
+            gathered[e / 16 * kPitch + e % 16] = row < p.M && k >= 0 && k < p.depth
+                                                     ? static_cast<const T*>(p.x)[row * p.stride + k]
+                                                     : from_float<T>(0.0f);
         }
         // Neighbouring lanes take neighbouring values, whichever way these lie.
         const auto value = [&](int column, int j) {
@@ -207,17 +234,21 @@ __device__ __forceinline__ void add_gathered(Sums<TileT>& sums, const Product& p
             return is_inside ? p.values[(c0 + column) * p.along_column + (j0 + j) * p.along_outlier] : 0.0f;
         };
         if (p.along_column == 1) {
-            for (int e = thread; e < TileT::kColumns * 8; e += TileT::kThreads) {  // a warp: 8 columns x 4 pairs, which meet 32 banks
-                const int column = e / kLanes % (TileT::kColumns / 8) * 8 + lane % 8, j = e / (TileT::kColumns * 4) * 8 + lane / 8 * 2;
+            // A warp takes 8 columns x 4 pairs, which meet 32 banks.
+            for (int e = thread; e < TileT::kColumns * 8; e += TileT::kThreads) {
+                const int column = e / kLanes % (TileT::kColumns / 8) * 8 + lane % 8,
+                          j = e / (TileT::kColumns * 4) * 8 + lane / 8 * 2;
                 store(values + column * kPitch + j, pair_of<T>(value(column, j), value(column, j + 1)));
             }
         } else {
-            for (int e = thread; e < TileT::kColumns * 16; e += TileT::kThreads) values[e / 16 * kPitch + e % 16] = from_float<T>(value(e / 16, e % 16));
+            for (int e = thread; e < TileT::kColumns * 16; e += TileT::kThreads)
+                values[e / 16 * kPitch + e % 16] = from_float<T>(value(e / 16, e % 16));
         }
         __syncthreads();
         uint32_t a[TileT::kRowTiles][4];
 #pragma unroll
-        for (int i = 0; i < TileT::kRowTiles; ++i) ldmatrix_x4(a[i], gathered + (i * 16 + lane % 16) * kPitch + lane / 16 * 8);
+        for (int i = 0; i < TileT::kRowTiles; ++i)
+            ldmatrix_x4(a[i], gathered + (i * 16 + lane % 16) * kPitch + lane / 16 * 8);
 #pragma unroll
         for (int q = 0; q < TileT::kColumnTiles; ++q) {
             const T* from = values + (warp * TileT::kWarpColumns + q * 8 + lane / 4) * kPitch + lane % 4 * 2;
@@ -237,7 +268,9 @@ __device__ __forceinline__ void for_each_sum(Visit visit) {
 #pragma unroll
         for (int i = 0; i < TileT::kRowTiles; ++i)
 #pragma unroll
-            for (int r = 0; r < 4; ++r) visit(i, q, r, i * 16 + lane / 4 + r / 2 * 8, warp * TileT::kWarpColumns + q * 8 + lane % 4 * 2 + r % 2);
+            for (int r = 0; r < 4; ++r)
+                visit(i, q, r, i * 16 + lane / 4 + r / 2 * 8,
+                      warp * TileT::kWarpColumns + q * 8 + lane % 4 * 2 + r % 2);
 }
 
 // The outliers of whole columns of the result, from their product made beforehand.
@@ -257,14 +290,17 @@ __device__ __forceinline__ void add_side(Sums<TileT>& sums, const Product& p, in
     });
 }
 
-// Adds what is not a product with codes, then stores the tile: rounded to T at the very end, or as this part's float32 share.
+// Adds what is not a product with codes, then stores the tile: rounded to T at the very end, or as this part's float32
+// share.
 template <typename TileT, typename T>
 __device__ __forceinline__ void write_tile(Sums<TileT>& sums, const Product& p, int64_t m0, int64_t c0, int64_t part) {
     if (part == 0) {
         if (p.gathered > 0) add_gathered<TileT, T>(sums, p, m0, c0);
         if (p.side_columns > 0) add_side<TileT>(sums, p, m0, c0);
         if (p.bias != nullptr)
-            for_each_sum<TileT>([&](int i, int q, int r, int, int column) { sums.at[i][q][r] += c0 + column < p.columns ? p.bias[c0 + column] : 0.0f; });
+            for_each_sum<TileT>([&](int i, int q, int r, int, int column) {
+                sums.at[i][q][r] += c0 + column < p.columns ? p.bias[c0 + column] : 0.0f;
+            });
     }
     if (p.partial != nullptr) {
         const int lane = static_cast<int>(threadIdx.x) % kLanes, warp = static_cast<int>(threadIdx.x) / kLanes;
@@ -289,7 +325,8 @@ __device__ __forceinline__ void write_tile(Sums<TileT>& sums, const Product& p, 
     uint8_t* tile = dynamic_shared<uint8_t>();
     __syncthreads();
     for_each_sum<TileT>([&](int i, int q, int r, int row, int column) {
-        if (r % 2 == 0) store(tile + (row * TileT::kOutPitch + column) * 2, pair_of<T>(sums.at[i][q][r], sums.at[i][q][r + 1]));
+        if (r % 2 == 0)
+            store(tile + (row * TileT::kOutPitch + column) * 2, pair_of<T>(sums.at[i][q][r], sums.at[i][q][r + 1]));
     });
     __syncthreads();
     T* out = static_cast<T*>(p.out);

@@ -1,14 +1,18 @@
 // A lane's codes of a tensor-core chunk (../formats.h) -> registers of mma operands.
 //
-//   code 8 j + 4 s + p,  p = 2 kk + nn        4 bits: word j     31 28      16 15      0         (word >> 4 p) & 0x000f000f  is one
-//   of the 16 x 16 tile j                                        p3 p2 p1 p0 | p3 p2 p1 p0       register: the pair s = 0, s = 1.
-//                                                                   s = 1        s = 0
-//   register p     as it is                  W (n, k) as B: registers p = nn, nn + 2 of the n8-tile nn; as A (n are the rows): a0 .. a3
-//                  after movmatrix.trans     W^T (k, n) as B: registers p = 2 kk, 2 kk + 1 of the n8-tile of columns k = 8 kk .. 8 kk + 7
+//   code 8 j + 4 s + p,  p = 2 kk + nn      4 bits: word j   31 28      16 15      0     (word >> 4 p) & 0x000f000f  is
+//   of the 16 x 16 tile j                                    p3 p2 p1 p0 | p3 p2 p1 p0   one register: the pair s = 0,
+//                                                               s = 1        s = 0       s = 1.
 //
-// A code becomes a float by or-ing it into the mantissa of a power of two: 0x6400 is 1024 in float16, whose lowest bits count ones, 0x4300
-// is 128 in bfloat16. The instruction that takes the power away subtracts the zero point too, so a code equal to it is exactly 0. In
-// float16 the codes of odd p are or-ed in 4 bits higher, as 1024 + 16 code, and a multiplication by 1/16 brings them down: one shift a word.
+//   register p     as it is               W (n, k) as B: registers p = nn, nn + 2 of the n8-tile nn; as A (n are the
+//                                         rows): a0 .. a3
+//                  after movmatrix.trans  W^T (k, n) as B: registers p = 2 kk, 2 kk + 1 of the n8-tile of columns
+//                                         k = 8 kk .. 8 kk + 7
+//
+// A code becomes a float by or-ing it into the mantissa of a power of two: 0x6400 is 1024 in float16, whose lowest bits
+// count ones, 0x4300 is 128 in bfloat16. The instruction that takes the power away subtracts the zero point too, so a
+// code equal to it is exactly 0. In float16 the codes of odd p are or-ed in 4 bits higher, as 1024 + 16 code, and a
+// multiplication by 1/16 brings them down: one shift a word.
 //
 //                        4 bits                    2 bits           8 bits
 //   float16     a word   1 shift, 4 lop3, 4 math   + 6 to spread    2 prmt, 2 shifts, 4 lop3, 4 math
@@ -66,7 +70,9 @@ __device__ __forceinline__ uint32_t multiply_add_pairs(uint32_t a, uint32_t b, u
 }
 
 // (word & mask) | magic
-__device__ __forceinline__ uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t magic) { return lop3<(0xf0 & 0xcc) | 0xaa>(word, mask, magic); }
+__device__ __forceinline__ uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t magic) {
+    return lop3<(0xf0 & 0xcc) | 0xaa>(word, mask, magic);
+}
 
 // ---- a lane's 32 codes of a chunk ----
 
@@ -75,8 +81,8 @@ struct LaneCodes {
     uint32_t words[kContainer];
 };
 
-// Where the 16-byte unit u of a chunk is kept in shared memory. At 8 bits a lane has two units: four lanes on, they trade places, so that eight
-// lanes reading their first (or second) unit meet all banks.
+// Where the 16-byte unit u of a chunk is kept in shared memory. At 8 bits a lane has two units: four lanes on, they
+// trade places, so that eight lanes reading their first (or second) unit meet all banks.
 template <int kContainer>
 __device__ __forceinline__ constexpr int chunk_unit(int u) {
     return kContainer == 8 ? u ^ (u / 8 % 2) : u;
@@ -94,7 +100,9 @@ __device__ __forceinline__ LaneCodes<kContainer> load_codes(const uint8_t* chunk
     }
 }
 
-// ---- a 16 x 16 tile: its eight codes, the four of one s in each half of a word (8 bits: two words, p = 0, 1 and p = 2, 3) ----
+// ---- a 16 x 16 tile: its eight codes ----
+//
+// The four codes of one s are in each half of a word (8 bits: two words, p = 0, 1 and p = 2, 3).
 
 template <int kContainer>
 struct TileCodes {
@@ -104,7 +112,8 @@ struct TileCodes {
 template <int kContainer>
 __device__ __forceinline__ TileCodes<kContainer> tile_codes(const LaneCodes<kContainer>& codes, int j) {
     if constexpr (kContainer == 8) {
-        return {prmt(codes.words[2 * j], codes.words[2 * j + 1], 0x5410), prmt(codes.words[2 * j], codes.words[2 * j + 1], 0x7632)};
+        return {prmt(codes.words[2 * j], codes.words[2 * j + 1], 0x5410),
+                prmt(codes.words[2 * j], codes.words[2 * j + 1], 0x7632)};
     } else if constexpr (kContainer == 4) {
         return {codes.words[j]};
     } else {
@@ -138,7 +147,7 @@ __device__ __forceinline__ ZeroPoints zero_points(uint32_t even, uint32_t odd) {
         return {0xe400e400u + even, kContainer == 8 ? 0xe400e400u + odd : 0xd400d400u + (odd << 4)};
     } else {
         if constexpr (kContainer == 8) return {even, odd};  // registers_of makes floats of them
-        return {0xc300c300u + even, 0xc300c300u + odd};     // -(128 + z)
+        return {0xc300c300u + even, 0xc300c300u + odd};  // -(128 + z)
     }
 }
 
@@ -153,7 +162,9 @@ __device__ __forceinline__ Registers registers_of(const TileCodes<kContainer>& t
     Registers out;
     if constexpr (std::is_same_v<T, __half> && kContainer == 8) {
 #pragma unroll
-        for (int p = 0; p < 4; ++p) out.at[p] = add_pairs<T>(masked_or(tile.words[p / 2] >> (8 * (p % 2)), 0x00ff00ffu, 0x64006400u), zero.of[p % 2]);
+        for (int p = 0; p < 4; ++p)
+            out.at[p] =
+                add_pairs<T>(masked_or(tile.words[p / 2] >> (8 * (p % 2)), 0x00ff00ffu, 0x64006400u), zero.of[p % 2]);
     } else if constexpr (std::is_same_v<T, __half>) {
         constexpr uint32_t kSixteenth = 0x2c002c00u;
 #pragma unroll
@@ -168,13 +179,16 @@ __device__ __forceinline__ Registers registers_of(const TileCodes<kContainer>& t
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
             const uint32_t word = tile.words[p / 2], pair = zero.of[p % 2];
-            const float low = __uint_as_float(prmt(word, kBiasBits, 0x7550 | p % 2)) - (kBias + static_cast<float>(pair & 0xffff));
-            const float high = __uint_as_float(prmt(word, kBiasBits, 0x7552 | p % 2)) - (kBias + static_cast<float>(pair >> 16));
+            const float low =
+                __uint_as_float(prmt(word, kBiasBits, 0x7550 | p % 2)) - (kBias + static_cast<float>(pair & 0xffff));
+            const float high =
+                __uint_as_float(prmt(word, kBiasBits, 0x7552 | p % 2)) - (kBias + static_cast<float>(pair >> 16));
             out.at[p] = pair_of<T>(low, high);
         }
     } else {
 #pragma unroll
-        for (int p = 0; p < 4; ++p) out.at[p] = add_pairs<T>(masked_or(tile.words[0] >> (4 * p), 0x000f000fu, 0x43004300u), zero.of[p % 2]);
+        for (int p = 0; p < 4; ++p)
+            out.at[p] = add_pairs<T>(masked_or(tile.words[0] >> (4 * p), 0x000f000fu, 0x43004300u), zero.of[p % 2]);
     }
     return out;
 }

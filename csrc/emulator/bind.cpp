@@ -1,4 +1,5 @@
-// The emulated library as a Python module: the emulator's options and what tests want of formats.h. The operators are in torch.ops.
+// The emulated library as a Python module: the emulator's options and what tests want of formats.h. The operators are
+// in torch.ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -45,9 +46,11 @@ static py::list traffic() {
     static constexpr const char* kKinds[] = {"load", "store", "atomic", "cp_async", "ldmatrix"};
     py::list sites;
     for (const tracer::Traffic& site : tracer::traffic())
-        sites.append(py::dict("kernel"_a = tracer::kernel_name(site.kernel), "offset"_a = tracer::library_offset(site.where),
-                              "kind"_a = kKinds[static_cast<int>(site.kind)], "is_shared"_a = site.is_shared, "requests"_a = site.requests,
-                              "lanes"_a = site.lanes, "bytes"_a = site.bytes, "sectors"_a = site.sectors, "ideal_sectors"_a = site.ideal_sectors,
+        sites.append(py::dict("kernel"_a = tracer::kernel_name(site.kernel),
+                              "offset"_a = tracer::library_offset(site.where),
+                              "kind"_a = kKinds[static_cast<int>(site.kind)], "is_shared"_a = site.is_shared,
+                              "requests"_a = site.requests, "lanes"_a = site.lanes, "bytes"_a = site.bytes,
+                              "sectors"_a = site.sectors, "ideal_sectors"_a = site.ideal_sectors,
                               "wavefronts"_a = site.wavefronts, "ideal_wavefronts"_a = site.ideal_wavefronts));
     return sites;
 }
@@ -56,8 +59,8 @@ static py::list findings() {
     py::list list;
     for (const tracer::Finding& finding : tracer::findings())
         list.append(py::dict("kind"_a = finding.kind, "kernel"_a = finding.kernel, "details"_a = finding.details,
-                             "offset"_a = tracer::library_offset(finding.where), "other_offset"_a = tracer::library_offset(finding.other),
-                             "count"_a = finding.count));
+                             "offset"_a = tracer::library_offset(finding.where),
+                             "other_offset"_a = tracer::library_offset(finding.other), "count"_a = finding.count));
     return list;
 }
 
@@ -73,18 +76,19 @@ static py::list launches() {
 static py::list buffers() {
     py::list list;
     for (const tracer::Buffer& buffer : tracer::buffers())
-        list.append(py::dict("name"_a = buffer.name, "bytes"_a = buffer.end - buffer.begin,
-                             "read_sectors"_a = std::count(buffer.read_sectors.begin(), buffer.read_sectors.end(), true),
-                             "written_sectors"_a = std::count(buffer.written_sectors.begin(), buffer.written_sectors.end(), true)));
+        list.append(py::dict(
+            "name"_a = buffer.name, "bytes"_a = buffer.end - buffer.begin,
+            "read_sectors"_a = std::count(buffer.read_sectors.begin(), buffer.read_sectors.end(), true),
+            "written_sectors"_a = std::count(buffer.written_sectors.begin(), buffer.written_sectors.end(), true)));
     return list;
 }
 #endif
 
 PYBIND11_MODULE(PREQUANT_LIBRARY, m) {
     const emulator::Options defaults;
-    m.def("options", &set_options, "How kernels run from now on; options() goes back to the defaults.", py::arg("seed") = defaults.seed,
-          py::arg("cp_async") = "lazy", py::arg("poison") = defaults.is_poisoned, py::arg("workers") = defaults.workers,
-          py::arg("shared_limit") = defaults.shared_limit);
+    m.def("options", &set_options, "How kernels run from now on; options() goes back to the defaults.",
+          py::arg("seed") = defaults.seed, py::arg("cp_async") = "lazy", py::arg("poison") = defaults.is_poisoned,
+          py::arg("workers") = defaults.workers, py::arg("shared_limit") = defaults.shared_limit);
 
 #ifdef PREQUANT_TRACED
     m.def("trace_start", &tracer::start, "Forgets what was traced and listens.");

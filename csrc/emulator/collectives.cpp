@@ -7,7 +7,8 @@ void collective(const char* name, uint32_t mask, void* argument, LaneOperation o
     Warp& warp = current->block->warps[current->warp];
     const uint32_t bit = 1u << current->lane;
     if (!(mask & bit)) fail("%s: the calling lane is not in mask %08x", name, mask);
-    if (mask & ~warp.live) fail("%s: mask %08x names lanes that exited or never were (live %08x)", name, mask, warp.live);
+    if (mask & ~warp.live)
+        fail("%s: mask %08x names lanes that exited or never were (live %08x)", name, mask, warp.live);
     Collective* mine = nullptr;
     Collective* unused = nullptr;
     for (Collective& other : warp.collectives) {
@@ -15,7 +16,8 @@ void collective(const char* name, uint32_t mask, void* argument, LaneOperation o
             if (unused == nullptr) unused = &other;
         } else if (other.mask & mask) {
             if (other.mask != mask || other.name != name)
-                fail("divergent warp collectives: %s mask %08x, but %s mask %08x is waiting", name, mask, other.name, other.mask);
+                fail("divergent warp collectives: %s mask %08x, but %s mask %08x is waiting", name, mask, other.name,
+                     other.mask);
             mine = &other;
         }
     }
@@ -80,7 +82,8 @@ uint32_t ballot(uint32_t mask, bool predicate) {
     Voted mine{predicate, 0};
     collective("__ballot_sync", mask, &mine, [](void** arguments, uint32_t lanes) {
         uint32_t votes = 0;
-        for_each_lane(lanes, [&](int lane) { votes |= static_cast<uint32_t>(static_cast<Voted*>(arguments[lane])->in) << lane; });
+        for_each_lane(
+            lanes, [&](int lane) { votes |= static_cast<uint32_t>(static_cast<Voted*>(arguments[lane])->in) << lane; });
         for_each_lane(lanes, [&](int lane) { static_cast<Voted*>(arguments[lane])->out = votes; });
     });
     return mine.out;
@@ -91,7 +94,9 @@ uint32_t match_any(uint32_t mask, uint64_t bits) {
     collective("__match_any_sync", mask, &mine, [](void** arguments, uint32_t lanes) {
         for_each_lane(lanes, [&](int lane) {
             auto* to = static_cast<Voted*>(arguments[lane]);
-            for_each_lane(lanes, [&](int other) { to->out |= uint32_t(static_cast<Voted*>(arguments[other])->in == to->in) << other; });
+            for_each_lane(lanes, [&](int other) {
+                to->out |= uint32_t(static_cast<Voted*>(arguments[other])->in == to->in) << other;
+            });
         });
     });
     return mine.out;
@@ -100,7 +105,8 @@ uint32_t match_any(uint32_t mask, uint64_t bits) {
 template <typename T>
 static T folded(Fold fold, T a, T b) {
     switch (fold) {
-        case Fold::add: return static_cast<T>(static_cast<std::make_unsigned_t<T>>(a) + static_cast<std::make_unsigned_t<T>>(b));
+        case Fold::add:
+            return static_cast<T>(static_cast<std::make_unsigned_t<T>>(a) + static_cast<std::make_unsigned_t<T>>(b));
         case Fold::min: return a < b ? a : b;
         case Fold::max: return a < b ? b : a;
         case Fold::bit_and: return a & b;
@@ -119,7 +125,9 @@ T reduce(Fold fold, uint32_t mask, T value) {
     collective("__reduce_sync", mask, &mine, [](void** arguments, uint32_t lanes) {
         const Reduced* first = static_cast<Reduced*>(arguments[__builtin_ctz(lanes)]);
         T result = first->value;
-        for_each_lane(lanes & (lanes - 1), [&](int lane) { result = folded(first->fold, result, static_cast<Reduced*>(arguments[lane])->value); });
+        for_each_lane(lanes & (lanes - 1), [&](int lane) {
+            result = folded(first->fold, result, static_cast<Reduced*>(arguments[lane])->value);
+        });
         for_each_lane(lanes, [&](int lane) { static_cast<Reduced*>(arguments[lane])->value = result; });
     });
     return mine.value;
@@ -150,7 +158,8 @@ T atomic_exchange(T* address, T value) {
 
 template <typename T>
 T atomic_compare_and_swap(T* address, T expected, T value) {
-    return change_atomically(__builtin_return_address(0), address, [&](T old) { return old == expected ? value : old; });
+    return change_atomically(__builtin_return_address(0), address,
+                             [&](T old) { return old == expected ? value : old; });
 }
 
 #define PREQUANT_ATOMICS(T)                 \

@@ -1,8 +1,9 @@
-// One small kernel for each wrapper of ../cuda/ptx.cuh: a test holds it against the PTX manual, in the emulator and, compiled by nvcc,
-// on a GPU.
+// One small kernel for each wrapper of ../cuda/ptx.cuh: a test holds it against the PTX manual, in the emulator and,
+// compiled by nvcc, on a GPU.
 //
-// One warp. Lane l's registers are words l, 32 + l, 64 + l, ... of `in`, in the order of the wrapper's arguments (D, A, B for a product);
-// its results are the same words of `out`. The kernels on shared memory first copy `in` there, as 32 rows of 16 bytes.
+// One warp. Lane l's registers are words l, 32 + l, 64 + l, ... of `in`, in the order of the wrapper's arguments (D, A,
+// B for a product); its results are the same words of `out`. The kernels on shared memory first copy `in` there, as 32
+// rows of 16 bytes.
 #include <cstring>
 #include <type_traits>
 
@@ -41,27 +42,33 @@ __device__ inline void product(const uint32_t* in, uint32_t* out, Multiply multi
 
 template <typename T>
 __global__ void mma_m16n8k16_kernel(const uint32_t* in, uint32_t* out) {
-    product<float, 4, 4, 2>(in, out, [](float (&d)[4], uint32_t (&a)[4], uint32_t (&b)[2]) { mma_m16n8k16<T>(d, a, b); });
+    product<float, 4, 4, 2>(in, out,
+                            [](float (&d)[4], uint32_t (&a)[4], uint32_t (&b)[2]) { mma_m16n8k16<T>(d, a, b); });
 }
 
 __global__ void mma_m16n8k8_kernel(const uint32_t* in, uint32_t* out) {
-    product<float, 4, 2, 1>(in, out, [](float (&d)[4], uint32_t (&a)[2], uint32_t (&b)[1]) { mma_m16n8k8(d, a[0], a[1], b[0]); });
+    product<float, 4, 2, 1>(
+        in, out, [](float (&d)[4], uint32_t (&a)[2], uint32_t (&b)[1]) { mma_m16n8k8(d, a[0], a[1], b[0]); });
 }
 
 __global__ void mma_m16n8k32_s8u8_kernel(const uint32_t* in, uint32_t* out) {
-    product<int32_t, 4, 4, 2>(in, out, [](int32_t (&d)[4], uint32_t (&a)[4], uint32_t (&b)[2]) { mma_m16n8k32_s8u8(d, a, b); });
+    product<int32_t, 4, 4, 2>(in, out,
+                              [](int32_t (&d)[4], uint32_t (&a)[4], uint32_t (&b)[2]) { mma_m16n8k32_s8u8(d, a, b); });
 }
 
 __global__ void mma_m16n8k32_u8s8_kernel(const uint32_t* in, uint32_t* out) {
-    product<int32_t, 4, 4, 2>(in, out, [](int32_t (&d)[4], uint32_t (&a)[4], uint32_t (&b)[2]) { mma_m16n8k32_u8s8(d, a, b); });
+    product<int32_t, 4, 4, 2>(in, out,
+                              [](int32_t (&d)[4], uint32_t (&a)[4], uint32_t (&b)[2]) { mma_m16n8k32_u8s8(d, a, b); });
 }
 
 __global__ void mma_m8n8k16_s8u8_kernel(const uint32_t* in, uint32_t* out) {
-    product<int32_t, 2, 1, 1>(in, out, [](int32_t (&d)[2], uint32_t (&a)[1], uint32_t (&b)[1]) { mma_m8n8k16_s8u8(d[0], d[1], a[0], b[0]); });
+    product<int32_t, 2, 1, 1>(
+        in, out, [](int32_t (&d)[2], uint32_t (&a)[1], uint32_t (&b)[1]) { mma_m8n8k16_s8u8(d[0], d[1], a[0], b[0]); });
 }
 
 __global__ void mma_m8n8k16_u8s8_kernel(const uint32_t* in, uint32_t* out) {
-    product<int32_t, 2, 1, 1>(in, out, [](int32_t (&d)[2], uint32_t (&a)[1], uint32_t (&b)[1]) { mma_m8n8k16_u8s8(d[0], d[1], a[0], b[0]); });
+    product<int32_t, 2, 1, 1>(
+        in, out, [](int32_t (&d)[2], uint32_t (&a)[1], uint32_t (&b)[1]) { mma_m8n8k16_u8s8(d[0], d[1], a[0], b[0]); });
 }
 
 // load(registers, row) on the 32 rows; lane l gives the address of row l.
@@ -92,14 +99,17 @@ __global__ void ldmatrix_x2_trans_kernel(const uint32_t* in, uint32_t* out) {
     load_matrices<2>(in, out, [](uint32_t (&registers)[2], const void* row) { ldmatrix_x2_trans(registers, row); });
 }
 
-__global__ void movmatrix_trans_kernel(const uint32_t* in, uint32_t* out) { out[threadIdx.x] = movmatrix_trans(in[threadIdx.x]); }
+__global__ void movmatrix_trans_kernel(const uint32_t* in, uint32_t* out) {
+    out[threadIdx.x] = movmatrix_trans(in[threadIdx.x]);
+}
 
 __global__ void shared_address_kernel(const uint32_t*, uint32_t* out) {
     PREQUANT_SHARED(rows, uint4[32]);
     out[threadIdx.x] = shared_address(&rows[threadIdx.x]) - shared_address(&rows[0]);
 }
 
-// Row l, its first l / 2 bytes copied and the rest filled up, by the groups of the even and the odd lanes one after the other.
+// Row l, its first l / 2 bytes copied and the rest filled up, by the groups of the even and the odd lanes one after the
+// other.
 template <bool kEvictFirst>
 __global__ void cp_async_kernel(const uint32_t* in, uint32_t* out) {
     uint32_t* rows = dynamic_shared<uint32_t>();
@@ -125,13 +135,15 @@ __global__ void cp_async_kernel(const uint32_t* in, uint32_t* out) {
 
 __global__ void lop3_kernel(const uint32_t* in, uint32_t* out) {
     const uint32_t a = in[threadIdx.x], b = in[32 + threadIdx.x], c = in[64 + threadIdx.x];
-    out[threadIdx.x] = lop3<0xea>(a, b, c);       // (a & b) | c
+    out[threadIdx.x] = lop3<0xea>(a, b, c);  // (a & b) | c
     out[32 + threadIdx.x] = lop3<0x96>(a, b, c);  // a ^ b ^ c
     out[64 + threadIdx.x] = lop3<0xca>(a, b, c);  // a ? b : c
     out[96 + threadIdx.x] = lop3<0x1b>(a, b, c);
 }
 
-__global__ void prmt_kernel(const uint32_t* in, uint32_t* out) { out[threadIdx.x] = prmt(in[threadIdx.x], in[32 + threadIdx.x], in[64 + threadIdx.x]); }
+__global__ void prmt_kernel(const uint32_t* in, uint32_t* out) {
+    out[threadIdx.x] = prmt(in[threadIdx.x], in[32 + threadIdx.x], in[64 + threadIdx.x]);
+}
 
 // Intrinsics on the lane's words a, b, c, one row of results each. test_emulator.py has the same list.
 __global__ void integer_intrinsics_kernel(const uint32_t* in, uint32_t* out) {
@@ -262,7 +274,8 @@ const struct {
 }  // namespace prequant::cuda
 
 // For ctypes. in and out: device memory, 16-byte aligned. Returns null, or what went wrong.
-extern "C" __attribute__((visibility("default"))) const char* prequant_conformance(const char* name, const uint32_t* in, uint32_t* out) {
+extern "C" __attribute__((visibility("default"))) const char* prequant_conformance(const char* name, const uint32_t* in,
+                                                                                   uint32_t* out) {
     using namespace prequant::cuda;
     static thread_local std::string error;
     for (const auto& [known, kernel] : kKernels) {

@@ -1,10 +1,12 @@
 // A kernel that is right, and the same kernel with one defect each: tests show that the emulator finds them all.
 //
-// Tile b of in (rows, 32) float32 is 32 rows of eight 16-byte chunks. out (tiles, 8, 32) chunks: the same, chunk by chunk instead of row
-// by row; missing rows are 0. A thread brings one chunk to shared memory and takes another one away:
+// Tile b of in (rows, 32) float32 is 32 rows of eight 16-byte chunks. out (tiles, 8, 32) chunks: the same, chunk by
+// chunk instead of row by row; missing rows are 0. A thread brings one chunk to shared memory and takes another one
+// away:
 //
-//   chunk c of row r lies at 8 r + (c ^ r % 8)        thread t brings chunk t % 8 of row t / 8 and takes chunk t / 32 of row t % 32;
-//                                                     thanks to the ^, eight neighbouring lanes of either find 32 different banks
+//   chunk c of row r lies at 8 r + (c ^ r % 8)     thread t brings chunk t % 8 of row t / 8 and takes chunk t / 32 of
+//                                                  row t % 32; thanks to the ^, eight neighbouring lanes of either find
+//                                                  32 different banks
 #include <cstring>
 
 #include "../cuda/ptx.cuh"
@@ -40,7 +42,8 @@ using Chunk = Vector<float, 4>;
 constexpr int kThreads = 256, kRows = 32, kRowChunks = 8;
 
 template <Defect kDefect>
-__global__ void __launch_bounds__(kThreads) chunks_kernel(const float* __restrict__ in, int64_t rows, float* __restrict__ out) {
+__global__ void __launch_bounds__(kThreads)
+    chunks_kernel(const float* __restrict__ in, int64_t rows, float* __restrict__ out) {
     constexpr auto is = [](Defect defect) { return kDefect == defect; };
     Chunk* tile = dynamic_shared<Chunk>();
     const int t = threadIdx.x;
@@ -66,7 +69,8 @@ __global__ void __launch_bounds__(kThreads) chunks_kernel(const float* __restric
     if (is(Defect::shuffle_after_exit) && t % 32 == 7) return;
     if (is(Defect::shuffle_after_exit)) chunk.at[0] = __shfl_xor_sync(0xffffffffu, chunk.at[0], 0);
     if (is(Defect::wrong_mask)) chunk.at[0] = __shfl_xor_sync(0x0000ffffu, chunk.at[0], 0);
-    if (is(Defect::different_collectives)) chunk.at[1] += t % 2 ? float(__ballot_sync(0xffffffffu, 1)) : __shfl_sync(0xffffffffu, 1.0f, 0);
+    if (is(Defect::different_collectives))
+        chunk.at[1] += t % 2 ? float(__ballot_sync(0xffffffffu, 1)) : __shfl_sync(0xffffffffu, 1.0f, 0);
     if (is(Defect::deadlock)) {
         if (t % 32 < 16) {
             __syncwarp();
@@ -85,13 +89,16 @@ __global__ void __launch_bounds__(kThreads) chunks_kernel(const float* __restric
     if (is(Defect::blocks_overlap) && t == 0) store(out, chunk.at[0]);
 }
 
-// A sum that every block adds to, in the order of the blocks that come last: right with a fence before the counter, wrong without.
+// A sum that every block adds to, in the order of the blocks that come last: right with a fence before the counter,
+// wrong without.
 template <bool kHasFence>
 __global__ void last_block_kernel(const float* __restrict__ in, int64_t rows, float* __restrict__ out) {
     PREQUANT_SHARED(is_last, bool);
     if (threadIdx.x == 0) {
         float sum = 0;
-        for (int64_t i = int64_t(blockIdx.x) * kRows * kRows; i < min(rows, (int64_t(blockIdx.x) + 1) * kRows) * kRows; ++i) sum += in[i];
+        for (int64_t i = int64_t(blockIdx.x) * kRows * kRows; i < min(rows, (int64_t(blockIdx.x) + 1) * kRows) * kRows;
+             ++i)
+            sum += in[i];
         out[1 + blockIdx.x] = sum;
         if (kHasFence) __threadfence();
         is_last = atomicAdd(reinterpret_cast<unsigned*>(out), 1u) == gridDim.x - 1;
@@ -145,14 +152,17 @@ const struct {
 }  // namespace prequant::cuda
 
 // For ctypes. Returns null, or what went wrong.
-extern "C" __attribute__((visibility("default"))) const char* prequant_defect(const char* name, const float* in, int64_t rows, float* out) {
+extern "C" __attribute__((visibility("default"))) const char* prequant_defect(const char* name, const float* in,
+                                                                              int64_t rows, float* out) {
     using namespace prequant::cuda;
     static thread_local std::string error;
     for (const auto& [known, kernel] : kKernels) {
         if (std::strcmp(known, name) != 0) continue;
         try {
             launch(known, kernel,
-                   {.grid = dim3(static_cast<unsigned>(prequant::ceil_div(rows, kRows))), .block = dim3(kThreads), .shared_bytes = kThreads * sizeof(Chunk)},
+                   {.grid = dim3(static_cast<unsigned>(prequant::ceil_div(rows, kRows))),
+                    .block = dim3(kThreads),
+                    .shared_bytes = kThreads * sizeof(Chunk)},
                    in, rows, out);
             return nullptr;
         } catch (const std::exception& failure) {

@@ -1,10 +1,12 @@
 // Runs csrc/cuda/*.cu on the CPU, compiled by g++: what a kernel sees of the GPU. For tests only, never in a wheel.
 //
-// A block's threads are fibers of one OS thread. A fiber runs until it meets a barrier or a warp collective; the collective takes place
-// once, when its last lane arrives. Wrong masks, exited lanes, divergent barriers, misaligned accesses and deadlocks stop the grid with
-// a message that names block and thread. Types come from CUDA's own headers; nothing of its runtime is linked.
+// A block's threads are fibers of one OS thread. A fiber runs until it meets a barrier or a warp collective; the
+// collective takes place once, when its last lane arrives. Wrong masks, exited lanes, divergent barriers, misaligned
+// accesses and deadlocks stop the grid with a message that names block and thread. Types come from CUDA's own headers;
+// nothing of its runtime is linked.
 //
-// Not emulated: clusters, cooperative grids, wgmma, TMA. The order of the sums inside an mma is ours; the hardware specifies none.
+// Not emulated: clusters, cooperative grids, wgmma, TMA. The order of the sums inside an mma is ours; the hardware
+// specifies none.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -34,7 +36,8 @@ struct Thread {
 // initial-exec: one load instead of a call for every threadIdx.
 extern __thread __attribute__((tls_model("initial-exec"))) Thread* current;  // null outside kernels
 
-// Runs body(environment) once for every thread of the grid. Throws std::runtime_error with the reason where a thread fails.
+// Runs body(environment) once for every thread of the grid. Throws std::runtime_error with the reason where a thread
+// fails.
 void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* environment);
 
 template <typename Body>
@@ -140,8 +143,9 @@ void ldmatrix(uint32_t* registers, int matrices, bool is_transposed, const void*
 uint32_t movmatrix_trans(uint32_t value);
 
 enum class Operand { half, bfloat16 };
-void mma_float(Operand operand, int k, float* d, const uint32_t* a, const uint32_t* b);         // m16n8k8, m16n8k16
-void mma_int8_m16n8k32(bool a_is_signed, int32_t* d, const uint32_t* a, const uint32_t* b);     // B has the other signedness
+void mma_float(Operand operand, int k, float* d, const uint32_t* a, const uint32_t* b);      // m16n8k8, m16n8k16
+void mma_int8_m16n8k32(bool a_is_signed, int32_t* d, const uint32_t* a,
+                       const uint32_t* b);  // B has the other signedness
 void mma_int8_m8n8k16(bool a_is_signed, int32_t* d, const uint32_t* a, const uint32_t* b);
 
 }  // namespace prequant::emulator

@@ -8,7 +8,8 @@
 
 #if defined(__x86_64__) && !defined(PREQUANT_UCONTEXT)
 #define PREQUANT_OWN_SWITCH
-// Saves the callee-saved registers, changes stacks, restores: about 2 ns. swapcontext asks the system for the signal mask, 0.3 us.
+// Saves the callee-saved registers, changes stacks, restores: about 2 ns. swapcontext asks the system for the signal
+// mask, 0.3 us.
 extern "C" void prequant_switch_stacks(void** saved, void* next);
 asm(R"(
 .text
@@ -56,7 +57,8 @@ void switch_to_scheduler([[maybe_unused]] bool is_last_time) {
     Block* block = current->block;
     Fiber* fiber = current->fiber;
 #if PREQUANT_ASAN
-    __sanitizer_start_switch_fiber(is_last_time ? nullptr : &fiber->asan_stack, block->scheduler_stack, block->scheduler_stack_bytes);
+    __sanitizer_start_switch_fiber(is_last_time ? nullptr : &fiber->asan_stack, block->scheduler_stack,
+                                   block->scheduler_stack_bytes);
 #endif
     switch_stacks(&fiber->stack_pointer, block->scheduler_stack_pointer);
 #if PREQUANT_ASAN
@@ -92,7 +94,8 @@ void prepare_fiber(Fiber* fiber) {
 #ifdef PREQUANT_OWN_SWITCH
     // Tops at the same offset in their pages would share a few sets of the cache.
     const size_t stagger = fiber->thread.linear % 32 * 128;
-    void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(fiber->stack + fiber->stack_bytes) - stagger) & ~uintptr_t(63));
+    void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(fiber->stack + fiber->stack_bytes) - stagger) &
+                                          ~uintptr_t(63));
     *--top = nullptr;                                       // a function is entered with rsp % 16 == 8
     *--top = reinterpret_cast<void*>(&enter_fiber);         // where ret goes
     for (int i = 0; i < 6; ++i) *--top = nullptr;           // the callee-saved registers

@@ -19,9 +19,10 @@ enum class CpAsync : int { lazy, eager, random };  // data lands in the wait, at
 struct Options {
     uint64_t seed = 0;  // 0: a fixed order; else lanes, warps and blocks take turns at random
     CpAsync cp_async = CpAsync::lazy;
-    bool is_poisoned = true;             // shared memory starts as NaN in every block
-    int workers = 1;                     // OS threads that share the blocks
-    size_t shared_limit = 99 * 1024;     // bytes a block may have: what sm_86, sm_89 and sm_120 allow, the least from sm_80 on
+    bool is_poisoned = true;  // shared memory starts as NaN in every block
+    int workers = 1;          // OS threads that share the blocks
+    // Bytes that a block may have: what sm_86, sm_89 and sm_120 allow, the least from sm_80 on.
+    size_t shared_limit = 99 * 1024;
 };
 extern Options options;
 

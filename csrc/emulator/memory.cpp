@@ -33,18 +33,21 @@ void check_red_zones(Block* block) {
     const auto check = [&](const unsigned char* zone, const char* what) {
         for (size_t i = 0; i < kRedZone; ++i) {
             if (zone[i] == kUntouched || !block->error.empty()) continue;
-            block->error = "block " + std::to_string(block->number) + " wrote past the end of " + what + " in shared memory, " + std::to_string(i) + " bytes";
+            block->error = "block " + std::to_string(block->number) + " wrote past the end of " + what +
+                           " in shared memory, " + std::to_string(i) + " bytes";
         }
     };
     if (PREQUANT_ASAN) return;
     check(block->shared + block->shared_bytes, "its dynamic part");
-    for (const StaticVariable& variable : block->statics) check(block->shared + variable.offset + variable.bytes, "a variable");
+    for (const StaticVariable& variable : block->statics)
+        check(block->shared + variable.offset + variable.bytes, "a variable");
 }
 
 uint32_t shared_offset(const void* address) {
     const Block* block = current->block;
     const ptrdiff_t offset = static_cast<const unsigned char*>(address) - block->shared;
-    if (offset < 0 || static_cast<size_t>(offset) > block->shared_bytes) fail("%p is not an address of shared memory", address);
+    if (offset < 0 || static_cast<size_t>(offset) > block->shared_bytes)
+        fail("%p is not an address of shared memory", address);
     return static_cast<uint32_t>(offset);
 }
 
@@ -55,7 +58,8 @@ void check_shared(uint32_t offset, uint32_t bytes, const char* what) {
 }
 
 void check_alignment(const void* address, size_t bytes) {
-    if (reinterpret_cast<uintptr_t>(address) % bytes != 0) fail("misaligned address %p for an access of %zu bytes", address, bytes);
+    if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
+        fail("misaligned address %p for an access of %zu bytes", address, bytes);
 }
 
 void note_load(const void* address, size_t bytes, size_t alignment) {

@@ -1,6 +1,7 @@
 // What the PTX instructions of ../cuda/ptx.cuh do. Operand layouts: PTX ISA, "Matrix fragments for mma".
 //
-// In every fragment lane = 4 g + q. A thread holds rows g and g + 8 of A and D, column g of B; within a row its elements are q's share.
+// In every fragment lane = 4 g + q. A thread holds rows g and g + 8 of A and D, column g of B; within a row its
+// elements are q's share.
 #include "internal.h"
 
 namespace prequant::emulator {
@@ -26,7 +27,9 @@ void cp_async_16(void* shared_to, const void* from, int source_bytes) {
         hooks->copy_issued(where, to, 16);
     }
     AsyncCopy copy{to, from, source_bytes, current->fiber->open_group, false};
-    if (options.cp_async == CpAsync::eager || (options.cp_async == CpAsync::random && (next_random(current->block) & 1))) land(copy);
+    if (options.cp_async == CpAsync::eager ||
+        (options.cp_async == CpAsync::random && (next_random(current->block) & 1)))
+        land(copy);
     current->fiber->copies.push_back(copy);
 }
 
@@ -74,7 +77,9 @@ void ldmatrix(uint32_t* registers, int matrices, bool is_transposed, const void*
     const uint32_t offset = gives_row ? shared_offset(row) : 0;
     check_shared(offset, 16, "ldmatrix");
     Loaded mine{offset, registers, matrices, is_transposed, __builtin_return_address(0)};
-    const char* name = matrices == 4 ? is_transposed ? "ldmatrix.x4.trans" : "ldmatrix.x4" : is_transposed ? "ldmatrix.x2.trans" : "ldmatrix.x2";
+    const char* name = matrices == 4   ? is_transposed ? "ldmatrix.x4.trans" : "ldmatrix.x4"
+                       : is_transposed ? "ldmatrix.x2.trans"
+                                       : "ldmatrix.x2";
     collective(name, kWholeWarp, &mine, [](void** arguments, uint32_t) {
         const auto* first = static_cast<Loaded*>(arguments[0]);
         uint32_t rows[32];
@@ -83,7 +88,8 @@ void ldmatrix(uint32_t* registers, int matrices, bool is_transposed, const void*
         for (int m = 0; m < first->matrices; ++m) {
             uint16_t matrix[8][8];
             for (int i = 0; i < 8; ++i) std::memcpy(matrix[i], current->block->shared + rows[m * 8 + i], 16);
-            for (int lane = 0; lane < 32; ++lane) static_cast<Loaded*>(arguments[lane])->registers[m] = fragment(matrix, lane, first->is_transposed);
+            for (int lane = 0; lane < 32; ++lane)
+                static_cast<Loaded*>(arguments[lane])->registers[m] = fragment(matrix, lane, first->is_transposed);
         }
     });
 }
@@ -120,7 +126,8 @@ float value_of(uint32_t bits) {
     }
 }
 
-// A register holds two elements of a row of A (of a column of B): A in registers (rows g, g + 8) x (k 2q, k 2q + 8), B in (k 2q, k 2q + 8).
+// A register holds two elements of a row of A (of a column of B): A in registers (rows g, g + 8) x (k 2q, k 2q + 8), B
+// in (k 2q, k 2q + 8).
 template <Operand kOperand, int kDepth>
 void multiply_float(void** arguments, uint32_t) {
     alignas(64) float a[16][kDepth], b[kDepth][8], d[16][8];
@@ -128,7 +135,8 @@ void multiply_float(void** arguments, uint32_t) {
         const auto* mine = static_cast<Product*>(arguments[lane]);
         const int g = lane >> 2, q = lane & 3;
         for (int r = 0; r < kDepth / 4; ++r)
-            for (int i = 0; i < 2; ++i) a[g + r % 2 * 8][r / 2 * 8 + q * 2 + i] = value_of<kOperand>(mine->a[r] >> (16 * i) & 0xffff);
+            for (int i = 0; i < 2; ++i)
+                a[g + r % 2 * 8][r / 2 * 8 + q * 2 + i] = value_of<kOperand>(mine->a[r] >> (16 * i) & 0xffff);
         for (int r = 0; r < kDepth / 8; ++r)
             for (int i = 0; i < 2; ++i) b[r * 8 + q * 2 + i][g] = value_of<kOperand>(mine->b[r] >> (16 * i) & 0xffff);
         for (int r = 0; r < 4; ++r) d[g + r / 2 * 8][q * 2 + r % 2] = static_cast<float*>(mine->d)[r];
@@ -138,7 +146,8 @@ void multiply_float(void** arguments, uint32_t) {
             for (int n = 0; n < 8; ++n) d[m][n] += a[m][k] * b[k][n];
     for (int lane = 0; lane < 32; ++lane) {
         const int g = lane >> 2, q = lane & 3;
-        for (int r = 0; r < 4; ++r) static_cast<float*>(static_cast<Product*>(arguments[lane])->d)[r] = d[g + r / 2 * 8][q * 2 + r % 2];
+        for (int r = 0; r < 4; ++r)
+            static_cast<float*>(static_cast<Product*>(arguments[lane])->d)[r] = d[g + r / 2 * 8][q * 2 + r % 2];
     }
 }
 
@@ -147,13 +156,16 @@ template <bool kAIsSigned, int kRows, int kDepth>
 void multiply_int8(void** arguments, uint32_t) {
     int a[kRows][kDepth], b[kDepth][8];
     uint32_t d[kRows][8];
-    const auto element = [](uint32_t word, int i, bool is_signed) { return is_signed ? int(int8_t(word >> (8 * i))) : int(uint8_t(word >> (8 * i))); };
+    const auto element = [](uint32_t word, int i, bool is_signed) {
+        return is_signed ? int(int8_t(word >> (8 * i))) : int(uint8_t(word >> (8 * i)));
+    };
     constexpr int kRowHalves = kRows / 8;
     for (int lane = 0; lane < 32; ++lane) {
         const auto* mine = static_cast<Product*>(arguments[lane]);
         const int g = lane >> 2, q = lane & 3;
         for (int r = 0; r < kRowHalves * kDepth / 16; ++r)
-            for (int i = 0; i < 4; ++i) a[g + r % kRowHalves * 8][r / kRowHalves * 16 + q * 4 + i] = element(mine->a[r], i, kAIsSigned);
+            for (int i = 0; i < 4; ++i)
+                a[g + r % kRowHalves * 8][r / kRowHalves * 16 + q * 4 + i] = element(mine->a[r], i, kAIsSigned);
         for (int r = 0; r < kDepth / 16; ++r)
             for (int i = 0; i < 4; ++i) b[r * 16 + q * 4 + i][g] = element(mine->b[r], i, !kAIsSigned);
         for (int r = 0; r < kRowHalves * 2; ++r) d[g + r / 2 * 8][q * 2 + r % 2] = static_cast<uint32_t*>(mine->d)[r];
@@ -163,7 +175,8 @@ void multiply_int8(void** arguments, uint32_t) {
             for (int n = 0; n < 8; ++n) d[m][n] += static_cast<uint32_t>(a[m][k] * b[k][n]);
     for (int lane = 0; lane < 32; ++lane) {
         const int g = lane >> 2, q = lane & 3;
-        for (int r = 0; r < kRowHalves * 2; ++r) static_cast<uint32_t*>(static_cast<Product*>(arguments[lane])->d)[r] = d[g + r / 2 * 8][q * 2 + r % 2];
+        for (int r = 0; r < kRowHalves * 2; ++r)
+            static_cast<uint32_t*>(static_cast<Product*>(arguments[lane])->d)[r] = d[g + r / 2 * 8][q * 2 + r % 2];
     }
 }
 
@@ -171,9 +184,12 @@ void multiply_int8(void** arguments, uint32_t) {
 
 void mma_float(Operand operand, int k, float* d, const uint32_t* a, const uint32_t* b) {
     Product mine{d, a, b};
-    if (operand == Operand::half && k == 16) return collective("mma.m16n8k16.f16", kWholeWarp, &mine, &multiply_float<Operand::half, 16>);
-    if (operand == Operand::half && k == 8) return collective("mma.m16n8k8.f16", kWholeWarp, &mine, &multiply_float<Operand::half, 8>);
-    if (operand == Operand::bfloat16 && k == 16) return collective("mma.m16n8k16.bf16", kWholeWarp, &mine, &multiply_float<Operand::bfloat16, 16>);
+    if (operand == Operand::half && k == 16)
+        return collective("mma.m16n8k16.f16", kWholeWarp, &mine, &multiply_float<Operand::half, 16>);
+    if (operand == Operand::half && k == 8)
+        return collective("mma.m16n8k8.f16", kWholeWarp, &mine, &multiply_float<Operand::half, 8>);
+    if (operand == Operand::bfloat16 && k == 16)
+        return collective("mma.m16n8k16.bf16", kWholeWarp, &mine, &multiply_float<Operand::bfloat16, 16>);
     fail("no mma of depth %d for this operand", k);
 }
 

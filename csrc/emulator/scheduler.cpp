@@ -98,7 +98,8 @@ void exit_thread() {
     warp.live &= ~(1u << current->lane);
     --block->live;
     for (const Collective& waiting : warp.collectives)
-        if (waiting.name != nullptr && (waiting.mask >> current->lane & 1)) fail("thread exits while other lanes wait for it in %s", waiting.name);
+        if (waiting.name != nullptr && (waiting.mask >> current->lane & 1))
+            fail("thread exits while other lanes wait for it in %s", waiting.name);
     if (block->arrived != 0) fail("thread exits while %u threads wait at __syncthreads", block->arrived);
     switch_to_scheduler(true);
     __builtin_unreachable();
@@ -113,7 +114,8 @@ static std::string describe_deadlock(const Block& block) {
         text += part;
         for (const Collective& waiting : warp.collectives) {
             if (waiting.name == nullptr) continue;
-            std::snprintf(part, sizeof part, ", in %s mask %08x arrived %08x", waiting.name, waiting.mask, waiting.arrived);
+            std::snprintf(part, sizeof part, ", in %s mask %08x arrived %08x", waiting.name, waiting.mask,
+                          waiting.arrived);
             text += part;
         }
         text += ";";
@@ -164,15 +166,20 @@ struct Worker {
             release_stacks();
             threads = wanted_threads;
             fibers = std::make_unique<Fiber[]>(threads);
-            void* memory = mmap(nullptr, threads * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-            if (memory == MAP_FAILED) throw std::runtime_error("the emulator has no memory for the stacks of " + std::to_string(threads) + " threads");
+            void* memory = mmap(nullptr, threads * kStackBytes, PROT_READ | PROT_WRITE,
+                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+            if (memory == MAP_FAILED)
+                throw std::runtime_error("the emulator has no memory for the stacks of " + std::to_string(threads) +
+                                         " threads");
             stacks = static_cast<unsigned char*>(memory);
-            for (size_t i = 0; i < threads; ++i) fibers[i].stack = stacks + i * kStackBytes, fibers[i].stack_bytes = kStackBytes;
+            for (size_t i = 0; i < threads; ++i)
+                fibers[i].stack = stacks + i * kStackBytes, fibers[i].stack_bytes = kStackBytes;
         }
         if (wanted_shared != shared_bytes) {  // exactly so much: an address sanitizer sees the first byte past the end
             std::free(shared);
             void* memory = nullptr;
-            if (posix_memalign(&memory, 1024, wanted_shared + (PREQUANT_ASAN ? 0 : kSlack)) != 0) throw std::bad_alloc();
+            if (posix_memalign(&memory, 1024, wanted_shared + (PREQUANT_ASAN ? 0 : kSlack)) != 0)
+                throw std::bad_alloc();
             shared = static_cast<unsigned char*>(memory), shared_bytes = wanted_shared;
             if (!PREQUANT_ASAN) std::memset(shared + shared_bytes, kUntouched, kSlack);
         }
@@ -203,23 +210,24 @@ static void begin_block(Block* block, dim3 grid, dim3 size, uint32_t number, siz
         Fiber& fiber = block->fibers[t];
         fiber.copies.clear();
         fiber.open_group = 0;
-        fiber.thread = {.thread_index = make_uint3(t % size.x, t / size.x % size.y, t / (size.x * size.y)),
-                        .block_index = make_uint3(number % grid.x, number / grid.x % grid.y, number / (grid.x * grid.y)),
-                        .block_size = size,
-                        .grid_size = grid,
-                        .linear = t,
-                        .lane = t & 31,
-                        .warp = t >> 5,
-                        .block = block,
-                        .fiber = &fiber};
+        fiber.thread = {
+            .thread_index = make_uint3(t % size.x, t / size.x % size.y, t / (size.x * size.y)),
+            .block_index = make_uint3(number % grid.x, number / grid.x % grid.y, number / (grid.x * grid.y)),
+            .block_size = size,
+            .grid_size = grid,
+            .linear = t,
+            .lane = t & 31,
+            .warp = t >> 5,
+            .block = block,
+            .fiber = &fiber};
         prepare_fiber(&fiber);
         block->warps[t >> 5].live |= 1u << (t & 31);
         block->warps[t >> 5].ready |= 1u << (t & 31);
     }
 }
 
-// Bytes of shared memory that a block may have: those of the GPU that PREQUANT_EMULATED_SM names (as in ../cuda/dispatch.h), else the least of
-// all from sm_80 on.
+// Bytes of shared memory that a block may have: those of the GPU that PREQUANT_EMULATED_SM names (as in
+// ../cuda/dispatch.h), else the least of all from sm_80 on.
 static size_t shared_limit() {
     const char* sm = std::getenv("PREQUANT_EMULATED_SM");
     if (sm == nullptr || options.shared_limit != Options{}.shared_limit) return options.shared_limit;
@@ -233,12 +241,16 @@ static size_t shared_limit() {
 }
 
 static void check_launch(const char* name, dim3 grid, dim3 size, size_t shared_bytes) {
-    const auto refuse = [&](const std::string& reason) { throw std::runtime_error(std::string(name) + ": CUDA would not launch the kernel: " + reason); };
+    const auto refuse = [&](const std::string& reason) {
+        throw std::runtime_error(std::string(name) + ": CUDA would not launch the kernel: " + reason);
+    };
     const uint64_t threads = uint64_t(size.x) * size.y * size.z;
     if (threads == 0 || threads > 1024 || size.z > 64) refuse("a block of " + std::to_string(threads) + " threads");
     if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y == 0 || grid.y > 65535 || grid.z == 0 || grid.z > 65535)
-        refuse("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks");
-    if (shared_bytes > shared_limit()) refuse(std::to_string(shared_bytes) + " bytes of shared memory, a block has " + std::to_string(shared_limit()));
+        refuse("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) +
+               " blocks");
+    if (shared_bytes > shared_limit())
+        refuse(std::to_string(shared_bytes) + " bytes of shared memory, a block has " + std::to_string(shared_limit()));
     if (uint64_t(grid.x) * grid.y * grid.z > 0xffffffffu) refuse("more blocks than the emulator counts");
 }
 

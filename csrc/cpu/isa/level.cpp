@@ -20,7 +20,8 @@ struct Level {
 };
 
 #ifdef __x86_64__
-// Two features that the compilers' __builtin_cpu_supports does not know by name in every version; with AVX2 the system saves the registers.
+// Two features that the compilers' __builtin_cpu_supports does not know by name in every version; with AVX2 the system
+// saves the registers.
 bool has_f16c() {
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
@@ -39,8 +40,9 @@ constexpr Level kLevels[] = {
 #ifdef __x86_64__
     {"avx512",
      [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
      },
      &avx512_kernels},
     {"avxvnni", [] { return has_avx2() && has_avxvnni(); }, &avxvnni_kernels},
@@ -63,7 +65,8 @@ const Level& choose() {
             if (level.is_available()) return level;
         } else if (std::strcmp(wanted, level.name) == 0) {
             if (level.is_available()) return level;
-            throw std::runtime_error(std::string("PREQUANT_ISA=") + wanted + " names a level that this CPU lacks; available: " + available());
+            throw std::runtime_error(std::string("PREQUANT_ISA=") + wanted +
+                                     " names a level that this CPU lacks; available: " + available());
         }
     }
     throw std::runtime_error(std::string("PREQUANT_ISA must be one of ") + available() + ", got " + wanted);

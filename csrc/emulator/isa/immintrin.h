@@ -1,8 +1,10 @@
-// AVX-512 and VNNI for a CPU that has AVX2 alone: what csrc/cpu uses of them, each function as Intel's intrinsics guide defines it. Tests only.
+// AVX-512 and VNNI for a CPU that has AVX2 alone: what csrc/cpu uses of them, each function as Intel's intrinsics guide
+// defines it. Tests only.
 //
-// Stands before g++'s own header of this name (-I csrc/emulator/isa) and takes that one's parts up to AVX2, FMA and F16C. An intrinsic that is missing here
-// is not declared at all, so that it does not compile. What works on each 128 bits alone is done by the CPU's own instruction, on two halves. The integer
-// products are in cpu/integers.h, in assembly or as what it does.
+// Stands before g++'s own header of this name (-I csrc/emulator/isa) and takes that one's parts up to AVX2, FMA and
+// F16C. An intrinsic that is missing here is not declared at all, so that it does not compile. What works on each 128
+// bits alone is done by the CPU's own instruction, on two halves. The integer products are in cpu/integers.h, in
+// assembly or as what it does.
 #pragma once
 
 #ifndef PREQUANT_EMULATED_ISA
@@ -51,11 +53,13 @@ PREQUANT_INTRINSIC Whole by_halves(Function function, Whole first, Rest... rest)
 }  // namespace prequant_emulated_isa
 
 PREQUANT_INTRINSIC __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
-    return prequant_emulated_isa::by_halves<__m256>([](__m256 x, __m256 y, __m256 z) { return _mm256_fmadd_ps(x, y, z); }, a, b, c);
+    return prequant_emulated_isa::by_halves<__m256>(
+        [](__m256 x, __m256 y, __m256 z) { return _mm256_fmadd_ps(x, y, z); }, a, b, c);
 }
 
 PREQUANT_INTRINSIC __m512i _mm512_shuffle_epi8(__m512i a, __m512i order) {
-    return prequant_emulated_isa::by_halves<__m256i>([](__m256i x, __m256i y) { return _mm256_shuffle_epi8(x, y); }, a, order);
+    return prequant_emulated_isa::by_halves<__m256i>([](__m256i x, __m256i y) { return _mm256_shuffle_epi8(x, y); }, a,
+                                                     order);
 }
 
 PREQUANT_INTRINSIC __m512i _mm512_broadcast_i32x4(__m128i x) {

@@ -1,5 +1,5 @@
-// In place of cpu/isa/level.cpp in a test library: its one level is the one that -DPREQUANT_EMULATED_ISA names, whatever the CPU has and whatever
-// PREQUANT_ISA says.
+// In place of cpu/isa/level.cpp in a test library: its one level is the one that -DPREQUANT_EMULATED_ISA names,
+// whatever the CPU has and whatever PREQUANT_ISA says.
 #include "../../cpu/isa/level.h"
 
 #define PREQUANT_JOIN(name, suffix) name##suffix

@@ -1,8 +1,9 @@
 // Who touched a byte last, and was that ordered before the access at hand?
 //
-// Ordered are: one thread's own accesses; two threads of a block with a __syncthreads between them; two lanes of a warp with a __syncwarp
-// between them; atomics with each other; two blocks where the earlier one went through __threadfence and then an atomic, and the later
-// one through an atomic after that. The bytes of a cp.async belong to its thread from its wait on.
+// Ordered are: one thread's own accesses; two threads of a block with a __syncthreads between them; two lanes of a warp
+// with a __syncwarp between them; atomics with each other; two blocks where the earlier one went through __threadfence
+// and then an atomic, and the later one through an atomic after that. The bytes of a cp.async belong to its thread from
+// its wait on.
 #include <algorithm>
 #include <cstdio>
 
@@ -28,13 +29,14 @@ struct Cell {
     Mark writer, reader;
 };
 
-constexpr int32_t kWholeWarpReads = 0x10000;  // a reader that is no thread: ldmatrix reads for other lanes than the one that gives the row
+// A reader that is no thread: ldmatrix reads for other lanes than the one that gives the row.
+constexpr int32_t kWholeWarpReads = 0x10000;
 
 std::vector<Cell> shared_cells;
 const Block* block_now = nullptr;
 uint32_t shared_stamp = 0, global_stamp = 0, clock_now = 0;
 std::vector<uint32_t> released, acquired;  // by block: the clock of its last release and acquire
-std::vector<bool> has_fenced;              // by thread of the block
+std::vector<bool> has_fenced;  // by thread of the block
 
 struct Region {
     std::vector<Cell> cells;
@@ -58,7 +60,8 @@ Mark mark(const void* where, bool is_atomic, bool is_whole_warp) {
 bool is_ordered(const Mark& earlier, const Mark& now) {
     if (earlier.thread < 0) return true;
     if (earlier.is_atomic && now.is_atomic) return true;
-    if (earlier.block != now.block) return released[earlier.block] > earlier.clock && acquired[now.block] > released[earlier.block];
+    if (earlier.block != now.block)
+        return released[earlier.block] > earlier.clock && acquired[now.block] > released[earlier.block];
     if (earlier.thread == now.thread || earlier.epoch != now.epoch) return true;
     return earlier.warp == now.warp && earlier.warp_epoch != now.warp_epoch;
 }
@@ -67,10 +70,14 @@ const char* race_name(bool is_shared, const char* shared, const char* global) { 
 
 void read(Cell& cell, const Mark& now, bool is_shared) {
     if (!is_ordered(cell.writer, now))
-        add_finding(race_name(is_shared, "race in shared memory: read after write", "race in global memory: read after write"), now.where, cell.writer.where);
-    const bool is_same_span = cell.reader.thread >= 0 && cell.reader.block == now.block && cell.reader.epoch == now.epoch;
+        add_finding(
+            race_name(is_shared, "race in shared memory: read after write", "race in global memory: read after write"),
+            now.where, cell.writer.where);
+    const bool is_same_span =
+        cell.reader.thread >= 0 && cell.reader.block == now.block && cell.reader.epoch == now.epoch;
     if (!is_same_span) {
-        cell.readers = cell.reader.thread >= 0 && cell.reader.block != now.block ? Readers::of_several_warps : Readers::one;
+        cell.readers =
+            cell.reader.thread >= 0 && cell.reader.block != now.block ? Readers::of_several_warps : Readers::one;
     } else if (cell.reader.warp != now.warp) {
         cell.readers = Readers::of_several_warps;
     } else if (cell.reader.thread != now.thread && cell.readers == Readers::one) {
@@ -81,14 +88,18 @@ void read(Cell& cell, const Mark& now, bool is_shared) {
 
 void write(Cell& cell, const Mark& now, bool is_shared) {
     if (!is_ordered(cell.writer, now))
-        add_finding(race_name(is_shared, "race in shared memory: write after write", "race in global memory: write after write"), now.where, cell.writer.where);
+        add_finding(race_name(is_shared, "race in shared memory: write after write",
+                              "race in global memory: write after write"),
+                    now.where, cell.writer.where);
     const Mark& reader = cell.reader;
     const bool is_same_span = reader.thread >= 0 && reader.block == now.block && reader.epoch == now.epoch;
-    const bool hides_a_reader =
-        is_same_span && (cell.readers == Readers::of_several_warps ||
-                         (cell.readers == Readers::several_of_a_warp && (reader.warp != now.warp || reader.warp_epoch == now.warp_epoch)));
+    const bool hides_a_reader = is_same_span && (cell.readers == Readers::of_several_warps ||
+                                                 (cell.readers == Readers::several_of_a_warp &&
+                                                  (reader.warp != now.warp || reader.warp_epoch == now.warp_epoch)));
     if (!is_ordered(reader, now) || hides_a_reader)
-        add_finding(race_name(is_shared, "race in shared memory: write after read", "race in global memory: write after read"), now.where, reader.where);
+        add_finding(
+            race_name(is_shared, "race in shared memory: write after read", "race in global memory: write after read"),
+            now.where, reader.where);
     cell.writer = now;
     cell.reader = Mark{};
     cell.readers = Readers::one;
@@ -110,7 +121,8 @@ void touch_shared_cells(uint32_t offset, int bytes, Access kind, const Mark& now
         Cell& cell = fresh(shared_cells[at], shared_stamp, false);
         if (cell.is_copy_open && !(is_copy && cell.writer.thread == now.thread))
             add_finding("data of a cp.async used before its wait", now.where, cell.writer.where);
-        if (kind != Access::store && !cell.is_initialized) add_finding("read of shared memory that was never written", now.where);
+        if (kind != Access::store && !cell.is_initialized)
+            add_finding("read of shared memory that was never written", now.where);
         if (kind == Access::load) {
             read(cell, now, true);
         } else {
@@ -140,15 +152,23 @@ void begin_races_of_block(const Block& block) {
 void touch_shared(const void* where, uint32_t offset, int bytes, Access kind) {
     const auto end = offset + static_cast<size_t>(bytes);
     const bool is_dynamic = offset >= block_now->dynamic_offset;
-    const auto holds = [&](const StaticVariable& variable) { return offset >= variable.offset && end <= variable.offset + variable.bytes; };
-    if (end > block_now->shared_bytes || (!is_dynamic && std::none_of(block_now->statics.begin(), block_now->statics.end(), holds)))
-        return add_finding("access outside of shared memory", where, nullptr, std::to_string(bytes) + " bytes at " + std::to_string(offset));
+    const auto holds = [&](const StaticVariable& variable) {
+        return offset >= variable.offset && end <= variable.offset + variable.bytes;
+    };
+    if (end > block_now->shared_bytes ||
+        (!is_dynamic && std::none_of(block_now->statics.begin(), block_now->statics.end(), holds)))
+        return add_finding("access outside of shared memory", where, nullptr,
+                           std::to_string(bytes) + " bytes at " + std::to_string(offset));
     touch_shared_cells(offset, bytes, kind, mark(where, kind == Access::atomic, false), false);
 }
 
-void touch_shared_by_warp(const void* where, uint32_t offset, int bytes) { touch_shared_cells(offset, bytes, Access::load, mark(where, false, true), false); }
+void touch_shared_by_warp(const void* where, uint32_t offset, int bytes) {
+    touch_shared_cells(offset, bytes, Access::load, mark(where, false, true), false);
+}
 
-void copy_issued(const void* where, uint32_t offset, int bytes) { touch_shared_cells(offset, bytes, Access::store, mark(where, false, false), true); }
+void copy_issued(const void* where, uint32_t offset, int bytes) {
+    touch_shared_cells(offset, bytes, Access::store, mark(where, false, false), true);
+}
 
 void copy_landed(uint32_t offset, int bytes) {
     for (uint32_t at = offset; at < offset + static_cast<uint32_t>(bytes); ++at) {
@@ -187,8 +207,8 @@ void touch_global(const void* where, uintptr_t address, int bytes, Access kind) 
     if (buffer == nullptr || address + static_cast<uintptr_t>(bytes) > buffer->end) {
         const uint3 block = current->block_index;
         char details[160];
-        std::snprintf(details, sizeof details, "%s of %d bytes by thread %u of block (%u,%u,%u)", kind == Access::load ? "read" : "write", bytes,
-                      current->linear, block.x, block.y, block.z);
+        std::snprintf(details, sizeof details, "%s of %d bytes by thread %u of block (%u,%u,%u)",
+                      kind == Access::load ? "read" : "write", bytes, current->linear, block.x, block.y, block.z);
         return add_finding("access outside of every buffer", where, nullptr, details);
     }
     if (kind != Access::load && !buffer->is_writable) add_finding("write to an input", where, nullptr, buffer->name);

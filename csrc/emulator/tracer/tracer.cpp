@@ -32,7 +32,8 @@ Extent library_extent() {
                 if (library->dlpi_addr != extent->begin) return 0;
                 for (int i = 0; i < library->dlpi_phnum; ++i)
                     if (library->dlpi_phdr[i].p_type == PT_LOAD)
-                        extent->end = std::max<uintptr_t>(extent->end, extent->begin + library->dlpi_phdr[i].p_vaddr + library->dlpi_phdr[i].p_memsz);
+                        extent->end = std::max<uintptr_t>(
+                            extent->end, extent->begin + library->dlpi_phdr[i].p_vaddr + library->dlpi_phdr[i].p_memsz);
                 return 1;
             },
             &found);
@@ -63,29 +64,38 @@ void block_ends(Block* block) {
     block_now = nullptr;
 }
 
-Kind kind_of(Access access) { return access == Access::load ? Kind::load : access == Access::store ? Kind::store : Kind::atomic; }
+Kind kind_of(Access access) {
+    return access == Access::load ? Kind::load : access == Access::store ? Kind::store : Kind::atomic;
+}
 
-// A register of the GPU, or the host's: the fiber's stack, threadIdx and its kin, kernel arguments on the launching thread's stack, constants.
+// A register of the GPU, or the host's: the fiber's stack, threadIdx and its kin, kernel arguments on the launching
+// thread's stack, constants.
 bool is_private(uintptr_t address) {
-    const auto within = [&](const void* begin, size_t bytes) { return address - reinterpret_cast<uintptr_t>(begin) < bytes; };
+    const auto within = [&](const void* begin, size_t bytes) {
+        return address - reinterpret_cast<uintptr_t>(begin) < bytes;
+    };
     constexpr size_t kLaunchStack = 8 << 20;
     const Extent library = library_extent();
-    return within(current->fiber->stack, current->fiber->stack_bytes) || within(block_now->fibers, sizeof(Fiber) * block_now->threads) ||
-           within(&current, sizeof current) || within(block_now->scheduler_frame, kLaunchStack) || (address >= library.begin && address < library.end);
+    return within(current->fiber->stack, current->fiber->stack_bytes) ||
+           within(block_now->fibers, sizeof(Fiber) * block_now->threads) || within(&current, sizeof current) ||
+           within(block_now->scheduler_frame, kLaunchStack) || (address >= library.begin && address < library.end);
 }
 
 void access(const void* where, const void* pointer, int bytes, Access kind) {
     const auto address = reinterpret_cast<uintptr_t>(pointer);
     if (address - reinterpret_cast<uintptr_t>(block_now->shared) < block_now->shared_bytes) {
         add_access(where, kind_of(kind), true, address, bytes);
-        return touch_shared(where, static_cast<uint32_t>(address - reinterpret_cast<uintptr_t>(block_now->shared)), bytes, kind);
+        return touch_shared(where, static_cast<uint32_t>(address - reinterpret_cast<uintptr_t>(block_now->shared)),
+                            bytes, kind);
     }
     add_access(where, kind_of(kind), false, address, bytes);
     touch_global(where, address, bytes, kind);
 }
 
 void instrumented_access(const void* where, const void* pointer, int bytes, Access kind) {
-    if (hooks == nullptr || current == nullptr || block_now == nullptr || is_private(reinterpret_cast<uintptr_t>(pointer))) return;
+    if (hooks == nullptr || current == nullptr || block_now == nullptr ||
+        is_private(reinterpret_cast<uintptr_t>(pointer)))
+        return;
     access(where, pointer, bytes, kind);
 }
 
@@ -99,9 +109,12 @@ void issue(const void* where, uint32_t offset, int bytes) {
     copy_issued(where, offset, bytes);
 }
 
-void allocated(const void* address, size_t bytes, bool is_fresh) { add_buffer(address, bytes, true, !is_fresh, "allocated by the operator"); }
+void allocated(const void* address, size_t bytes, bool is_fresh) {
+    add_buffer(address, bytes, true, !is_fresh, "allocated by the operator");
+}
 
-Hooks tracing_hooks = {grid_begins, block_begins, block_ends, close_requests, access, fence, ldmatrix, issue, copy_landed, allocated};
+Hooks tracing_hooks = {grid_begins, block_begins, block_ends, close_requests, access,
+                       fence,       ldmatrix,     issue,      copy_landed,    allocated};
 
 }  // namespace
 
@@ -130,18 +143,28 @@ std::vector<Finding> findings() {
     return list;
 }
 
-uintptr_t library_offset(const void* where) { return where == nullptr ? 0 : reinterpret_cast<uintptr_t>(where) - library_extent().begin - 1; }
+uintptr_t library_offset(const void* where) {
+    return where == nullptr ? 0 : reinterpret_cast<uintptr_t>(where) - library_extent().begin - 1;
+}
 
 }  // namespace prequant::emulator::tracer
 
 // ---- what the compiler calls ----
 
 #define PREQUANT_HERE __builtin_return_address(0)
-#define PREQUANT_SEE(bytes)                                                                                                                                    \
-    void __tsan_read##bytes(void* p) { prequant::emulator::tracer::instrumented_access(PREQUANT_HERE, p, bytes, prequant::emulator::Access::load); }           \
-    void __tsan_write##bytes(void* p) { prequant::emulator::tracer::instrumented_access(PREQUANT_HERE, p, bytes, prequant::emulator::Access::store); }         \
-    void __tsan_unaligned_read##bytes(void* p) { prequant::emulator::tracer::instrumented_access(PREQUANT_HERE, p, bytes, prequant::emulator::Access::load); } \
-    void __tsan_unaligned_write##bytes(void* p) { prequant::emulator::tracer::instrumented_access(PREQUANT_HERE, p, bytes, prequant::emulator::Access::store); }
+#define PREQUANT_SEE(bytes)                                                                                          \
+    void __tsan_read##bytes(void* p) {                                                                               \
+        prequant::emulator::tracer::instrumented_access(PREQUANT_HERE, p, bytes, prequant::emulator::Access::load);  \
+    }                                                                                                                \
+    void __tsan_write##bytes(void* p) {                                                                              \
+        prequant::emulator::tracer::instrumented_access(PREQUANT_HERE, p, bytes, prequant::emulator::Access::store); \
+    }                                                                                                                \
+    void __tsan_unaligned_read##bytes(void* p) {                                                                     \
+        prequant::emulator::tracer::instrumented_access(PREQUANT_HERE, p, bytes, prequant::emulator::Access::load);  \
+    }                                                                                                                \
+    void __tsan_unaligned_write##bytes(void* p) {                                                                    \
+        prequant::emulator::tracer::instrumented_access(PREQUANT_HERE, p, bytes, prequant::emulator::Access::store); \
+    }
 
 extern "C" {
 PREQUANT_SEE(1)
@@ -150,14 +173,19 @@ PREQUANT_SEE(4)
 PREQUANT_SEE(8)
 PREQUANT_SEE(16)
 void __tsan_read_range(void* p, size_t bytes) {
-    prequant::emulator::tracer::instrumented_access(PREQUANT_HERE, p, static_cast<int>(bytes), prequant::emulator::Access::load);
+    prequant::emulator::tracer::instrumented_access(PREQUANT_HERE, p, static_cast<int>(bytes),
+                                                    prequant::emulator::Access::load);
 }
 void __tsan_write_range(void* p, size_t bytes) {
-    prequant::emulator::tracer::instrumented_access(PREQUANT_HERE, p, static_cast<int>(bytes), prequant::emulator::Access::store);
+    prequant::emulator::tracer::instrumented_access(PREQUANT_HERE, p, static_cast<int>(bytes),
+                                                    prequant::emulator::Access::store);
 }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
-unsigned char __tsan_atomic8_load(const volatile void* p, int) { return *static_cast<const volatile unsigned char*>(p); }  // of guard variables
+// Of guard variables.
+unsigned char __tsan_atomic8_load(const volatile void* p, int) {
+    return *static_cast<const volatile unsigned char*>(p);
+}
 }

@@ -1,8 +1,8 @@
 // What the traced library finds out about kernels: memory traffic and faults, each with its place in the source.
 //
-// The kernels are compiled with -fsanitize=thread and linked against the functions of tracer.cpp instead of that sanitizer's library:
-// every load and store of theirs becomes a call, and its return address names the instruction. Accesses to a fiber's own stack are
-// registers on a GPU and are left out. Single OS thread.
+// The kernels are compiled with -fsanitize=thread and linked against the functions of tracer.cpp instead of that
+// sanitizer's library: every load and store of theirs becomes a call, and its return address names the instruction.
+// Accesses to a fiber's own stack are registers on a GPU and are left out. Single OS thread.
 #pragma once
 
 #include <map>
@@ -14,12 +14,15 @@
 
 namespace prequant::emulator::tracer {
 
-// ---- traffic.cpp: the k-th visit of each lane to one instruction, since its warp last converged, forms one request of the warp ----
+// ---- traffic.cpp ----
+//
+// The k-th visit of each lane to one instruction, since its warp last converged, forms one request of the warp.
 
 enum class Kind : uint8_t { load, store, atomic, cp_async, ldmatrix };
 
 // One instruction's requests, added up.
-//   sectors      32-byte pieces of global memory that the requests touch; ideal: as many as the bytes asked for would fill
+//   sectors      32-byte pieces of global memory that the requests touch; ideal: as many as the bytes asked for
+//                would fill
 //   wavefronts   passes over the banks of shared memory; ideal: as if no two words of a pass fell into one bank
 struct Traffic {
     int kernel;

@@ -63,7 +63,8 @@ void count_global(Traffic& total, const Request& request, int count, const int* 
     total.ideal_sectors += (bytes + 31) / 32;
 }
 
-// A pass serves 32 lanes of up to 4 bytes, 16 lanes of 8 or 8 lanes of 16; in it a bank gives one word per wavefront, to all who want that word.
+// A pass serves 32 lanes of up to 4 bytes, 16 lanes of 8 or 8 lanes of 16; in it a bank gives one word per wavefront,
+// to all who want that word.
 void count_shared(Traffic& total, const Request& request, int width) {
     const int lanes_of_pass = width <= 4 ? 32 : width <= 8 ? 16 : 8;
     for (int first = 0; first < 32; first += lanes_of_pass) {
@@ -71,7 +72,8 @@ void count_shared(Traffic& total, const Request& request, int width) {
         int used[32] = {}, worst = 0;
         for (int lane = first; lane < first + lanes_of_pass; ++lane) {
             if (!(request.lanes >> lane & 1)) continue;
-            for (uint64_t word = request.address[lane] / 4; word <= (request.address[lane] + request.bytes[lane] - 1) / 4; ++word) {
+            for (uint64_t word = request.address[lane] / 4;
+                 word <= (request.address[lane] + request.bytes[lane] - 1) / 4; ++word) {
                 const int bank = static_cast<int>(word % 32);
                 if (std::find(words[bank], words[bank] + used[bank], word) != words[bank] + used[bank]) continue;
                 words[bank][used[bank]++] = word;
@@ -108,7 +110,8 @@ void begin_requests(int kernel) {
     std::fill(std::begin(recent), std::end(recent), Recent{});
     for (size_t i = 0; i < table.size(); ++i)
         if (table[i].kernel == kernel)
-            numbers[reinterpret_cast<uint64_t>(table[i].where) << 4 | static_cast<uint64_t>(table[i].kind) << 1 | table[i].is_shared] = static_cast<int>(i);
+            numbers[reinterpret_cast<uint64_t>(table[i].where) << 4 | static_cast<uint64_t>(table[i].kind) << 1 |
+                    table[i].is_shared] = static_cast<int>(i);
 }
 
 void begin_requests_of_block(const Block& block) {
@@ -126,14 +129,16 @@ void add_access(const void* where, Kind kind, bool is_shared, uintptr_t address,
         warp.dirty.push_back(static_cast<int>(number));
     }
     const uint32_t lane = current->lane;
-    if (site.visits[lane] < site.first) site.visits[lane] = static_cast<uint32_t>(site.first);  // came late: its request is closed
+    // A lane that comes late: its request is closed.
+    if (site.visits[lane] < site.first) site.visits[lane] = static_cast<uint32_t>(site.first);
     const size_t index = site.visits[lane]++ - site.first;
     if (site.open.size() <= index) site.open.resize(index + 1);
     Request& request = site.open[index];
     request.lanes |= 1u << lane;
     request.address[lane] = address;
     request.bytes[lane] = static_cast<uint8_t>(bytes);
-    if (index == 0 && site.open.size() == 1 && request.lanes == warp.all_lanes) {  // the usual case: no need to wait for the warp to converge
+    // The usual case: no need to wait for the warp to converge.
+    if (index == 0 && site.open.size() == 1 && request.lanes == warp.all_lanes) {
         count(table[number], request);
         site.open.clear();
         ++site.first;

@@ -4,7 +4,8 @@
 namespace prequant::cuda {
 
 template <int kContainer, int kCount>
-__global__ void integer_operands_kernel(const LaneCodes<kContainer>* __restrict__ codes, ChunkOperands* __restrict__ out) {
+__global__ void integer_operands_kernel(const LaneCodes<kContainer>* __restrict__ codes,
+                                        ChunkOperands* __restrict__ out) {
     LaneCodes<kContainer> mine[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) mine[i] = codes[threadIdx.x * kCount + i];
