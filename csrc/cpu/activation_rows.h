@@ -74,19 +74,19 @@ void dot_tile(int64_t count, const float* const* a, const float* b, int64_t b_st
 // side[i * stride + j] = sum over k of x̂[m + i, k] values[j * K + k], j below r
 inline void multiply_rows(const ActivationRows& x, int64_t m, int64_t rows, const float* values, int64_t K, int64_t r,
                           float* side, int64_t stride) {
-    constexpr int64_t kChunk = 1024;
+    constexpr int64_t kDotSpan = 1024;  // columns of x at a time
     using Dot = void (*)(int64_t, const float* const*, const float*, int64_t, float*, int64_t);
     static constexpr Dot kByOutliers[] = {nullptr, dot_tile<1>, dot_tile<2>, dot_tile<3>, dot_tile<4>, dot_tile<5>};
     static_assert(sizeof kByOutliers / sizeof kByOutliers[0] == kDotOutliers + 1);
     parallel_for(ceil_div(rows, kDotRows), kDotRows * K * (r + 4) / 16, [&](int64_t begin, int64_t end) {
-        float scratch[kDotRows][kChunk];
+        float scratch[kDotRows][kDotSpan];
         for (int64_t block = begin; block < end; ++block) {
             const int64_t first = block * kDotRows, height = smaller<int64_t>(kDotRows, rows - first);
             for (int64_t j = 0; j < r; j += kDotOutliers) {
                 const int64_t width = smaller<int64_t>(kDotOutliers, r - j);
                 float out[kDotRows * kDotOutliers] = {};
-                for (int64_t k = 0; k < K; k += kChunk) {
-                    const int64_t count = smaller(kChunk, K - k);
+                for (int64_t k = 0; k < K; k += kDotSpan) {
+                    const int64_t count = smaller(kDotSpan, K - k);
                     const float* a[kDotRows];
                     for (int i = 0; i < kDotRows; ++i)
                         a[i] = x.load(m + first + smaller<int64_t>(i, height - 1), k, count, scratch[i]);

@@ -8,13 +8,12 @@
 namespace prequant::PREQUANT_LEVEL {
 
 inline void dequantize(Weight weight, int64_t row_begin, MutableMatrix dense, Stream) {
-    constexpr int64_t kChunk = 2048;
     parallel_for(dense.rows, weight.K / 4, [&](int64_t begin, int64_t end) {
-        uint8_t codes[kChunk];
-        float values[kChunk];
+        uint8_t codes[kSpan];
+        float values[kSpan];
         for (int64_t n = begin; n < end; ++n)
-            for (int64_t k = 0; k < weight.K; k += kChunk) {
-                const int64_t count = smaller(kChunk, weight.K - k);
+            for (int64_t k = 0; k < weight.K; k += kSpan) {
+                const int64_t count = smaller(kSpan, weight.K - k);
                 dequantize_codes(weight, row_begin + n, k, count, codes, values);
                 store_floats(values, count, dense.data, dense.dtype, n * weight.K + k);
             }

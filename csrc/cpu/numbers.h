@@ -39,6 +39,8 @@ inline float round_even(float x) {
     return (x + kMagic) - kMagic;
 }
 
+constexpr int64_t kSpan = 2048;  // columns of a row that a kernel takes at a time, as a task's scratch holds them
+
 // ---- vectors ----
 
 // 512, 256 or 128 bits. Arithmetic, comparison and shifts are the compiler's own on these types; the few steps that

@@ -25,16 +25,15 @@ inline void clear(int64_t* values, int64_t count) {
 inline void outlier_counts(Matrix weight, const double* mean, const double* std, double threshold,
                            int64_t* column_counts, int64_t* column_energy, int64_t* row_counts, int64_t* row_energy,
                            Stream) {
-    constexpr int64_t kChunk = 2048;
     const int64_t N = weight.rows, K = weight.cols;
     const double center = *mean, sigma = *std, limit = threshold * sigma;
 
     const auto count_rows = [&](int64_t row_begin, int64_t row_end, int64_t* counts, int64_t* energies) {
-        float scratch[kChunk];
+        float scratch[kSpan];
         for (int64_t n = row_begin; n < row_end; ++n) {
             row_counts[n] = row_energy[n] = 0;
-            for (int64_t k0 = 0; k0 < K; k0 += kChunk) {
-                const int64_t count = smaller(kChunk, K - k0);
+            for (int64_t k0 = 0; k0 < K; k0 += kSpan) {
+                const int64_t count = smaller(kSpan, K - k0);
                 const float* row = as_floats(weight.data, weight.dtype, n * K + k0, count, scratch);
                 constexpr int64_t kRun = 64;  // outliers are rare: a run without one is passed over at full speed
                 for (int64_t i0 = 0; i0 < count; i0 += kRun) {

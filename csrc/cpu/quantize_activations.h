@@ -5,14 +5,14 @@
 //
 // Computes   in float32 without contraction: every device makes the same bytes.
 // Sums in    int32: K below 2^31 / 255.
-// Limited by one read of x (two where it is longer than a chunk or has one range for all).
+// Limited by one read of x (two where it is longer than a span or has one range for all).
 #pragma once
 
 #include "numbers.h"
 
 namespace prequant::PREQUANT_LEVEL {
 
-constexpr int64_t kActivationChunk = 4096;
+constexpr int64_t kActivationSpan = 4096;
 constexpr float kMinScale = 0x1p-126f;  // the smallest normal float32
 
 struct Range {
@@ -110,19 +110,19 @@ inline void quantize_activations(Matrix x, bool per_token, int64_t G, const int6
     };
     const auto range_of_row = [&](int64_t m, float* scratch) {
         Range range;
-        for (int64_t k = 0; k < K; k += kActivationChunk) {
-            const int64_t count = smaller(kActivationChunk, K - k);
+        for (int64_t k = 0; k < K; k += kActivationSpan) {
+            const int64_t count = smaller(kActivationSpan, K - k);
             range.include(range_of(load(m, k, count, scratch), count));
         }
         return range;
     };
     const auto encode_row = [&](int64_t m, const Coding& coding, float* scratch) {
         for (int64_t g = 0; g < G; ++g) sums[m * G + g] = 0;
-        for (int64_t k = 0; k < K; k += kActivationChunk) {
-            const int64_t chunk_end = smaller(K, k + kActivationChunk);
-            const float* values = load(m, k, chunk_end - k, scratch);
-            for (int64_t begin = k; begin < chunk_end;) {
-                const int64_t g = begin / group, end = smaller(chunk_end, (g + 1) * group);
+        for (int64_t k = 0; k < K; k += kActivationSpan) {
+            const int64_t span_end = smaller(K, k + kActivationSpan);
+            const float* values = load(m, k, span_end - k, scratch);
+            for (int64_t begin = k; begin < span_end;) {
+                const int64_t g = begin / group, end = smaller(span_end, (g + 1) * group);
                 sums[m * G + g] += encode(values + (begin - k), end - begin, coding, codes + m * K + begin);
                 begin = end;
             }
@@ -131,7 +131,7 @@ inline void quantize_activations(Matrix x, bool per_token, int64_t G, const int6
 
     if (per_token) {
         parallel_for(M, K / 4, [&](int64_t begin, int64_t end) {
-            float scratch[kActivationChunk];
+            float scratch[kActivationSpan];
             for (int64_t m = begin; m < end; ++m) {
                 const Coding coding = coding_of(range_of_row(m, scratch));
                 scale[m] = coding.scale;
@@ -145,7 +145,7 @@ inline void quantize_activations(Matrix x, bool per_token, int64_t G, const int6
     const Buffer buffer(parts * static_cast<int64_t>(sizeof(Range)));
     Range* ranges = static_cast<Range*>(buffer.data());
     parallel_for(parts, M / parts * K / 8, [&](int64_t begin, int64_t end) {
-        float scratch[kActivationChunk];
+        float scratch[kActivationSpan];
         for (int64_t part = begin; part < end; ++part) {
             Range range;
             for (int64_t m = M * part / parts; m < M * (part + 1) / parts; ++m) range.include(range_of_row(m, scratch));
@@ -157,7 +157,7 @@ inline void quantize_activations(Matrix x, bool per_token, int64_t G, const int6
     *scale = coding.scale;
     *zero_point = static_cast<uint8_t>(coding.zero_point);
     parallel_for(M, K / 8, [&](int64_t begin, int64_t end) {
-        float scratch[kActivationChunk];
+        float scratch[kActivationSpan];
         for (int64_t m = begin; m < end; ++m) encode_row(m, coding, scratch);
     });
 }

@@ -12,19 +12,18 @@ namespace prequant::PREQUANT_LEVEL {
 
 inline void quantize_pack(Matrix weight, const float* scale, const uint8_t* zero_point, int64_t scale_rows, int64_t G,
                           int bits, const int64_t* outlier_dims, int64_t r, int axis, uint8_t* packed, Stream) {
-    constexpr int64_t kChunk = 2048;
     const int64_t N = weight.rows, K = weight.cols;
     const int container = container_bits(bits);
     const int64_t row_bytes = packed_row_bytes(K, container);
     const float top = static_cast<float>((1 << bits) - 1);
     parallel_for(N, K, [&](int64_t row_begin, int64_t row_end) {
-        float scratch[kChunk];
-        uint8_t codes[kChunk];
+        float scratch[kSpan];
+        uint8_t codes[kSpan];
         for (int64_t n = row_begin; n < row_end; ++n) {
             bool is_outlier_row = false;
             for (int64_t j = 0; axis == 0 && j < r; ++j) is_outlier_row |= outlier_dims[j] == n;
-            for (int64_t k0 = 0; k0 < K; k0 += kChunk) {
-                const int64_t count = smaller(kChunk, K - k0);
+            for (int64_t k0 = 0; k0 < K; k0 += kSpan) {
+                const int64_t count = smaller(kSpan, K - k0);
                 const float* row = as_floats(weight.data, weight.dtype, n * K + k0, count, scratch);
                 for_each_block(n, k0, k0 + count, K, scale_rows, G, [&](int64_t begin, int64_t end, int64_t block) {
                     const float step = scale[block], zero = zero_point[block];

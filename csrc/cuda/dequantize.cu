@@ -34,9 +34,9 @@ __global__ void dequantize_kernel(Weight weight, int64_t group_size, int64_t row
     const int64_t i = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, n = row_begin + i;
     if (i >= rows) return;
     const int64_t first_block = (weight.scale_rows == 1 ? 0 : n) * weight.G;
-    for (int64_t chunk = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; chunk * kCodes < weight.K;
-         chunk += int64_t(gridDim.y) * blockDim.x) {
-        const int64_t k = chunk * kCodes;
+    for (int64_t vector = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; vector * kCodes < weight.K;
+         vector += int64_t(gridDim.y) * blockDim.x) {
+        const int64_t k = vector * kCodes;
         // One group costs no 64-bit division, which would outweigh the store.
         const int64_t block = first_block + (weight.G == 1 ? 0 : k / group_size);
         const int zero_point = weight.zero_point[block];
@@ -44,7 +44,7 @@ __global__ void dequantize_kernel(Weight weight, int64_t group_size, int64_t row
 
         const auto packed = load<Vector<uint8_t, kBytes>>(weight.packed + n * packed_row_bytes(weight.K, kContainer) +
                                                           k * kContainer / 8);
-        const int64_t first = kCodes == 1 ? k % (8 / kContainer) : 0;  // a chunk of one code begins inside a byte
+        const int64_t first = kCodes == 1 ? k % (8 / kContainer) : 0;  // a vector of one code begins inside a byte
         Vector<T, kCodes> values;
 #pragma unroll
         for (int j = 0; j < kCodes; ++j)
@@ -96,15 +96,15 @@ template <typename T, int kContainer, int kCodes>
 __global__ void __launch_bounds__(kWarps* kLanes, 2)
     dequantize_chunks_kernel(Weight weight, int group_size, int64_t row_begin, int64_t rows, T* __restrict__ dense) {
     constexpr int kLoadWords = kContainer < 4 ? kContainer : 4, kCodesPerWord = 32 / kContainer;
-    constexpr int kRows = kChunkRows, kColumns = kChunkColumns, kPieces = kColumns / kCodes;
-    // Of the lanes, as they store pieces.
-    constexpr int kAcross = kPieces < kLanes ? kPieces : kLanes, kDown = kLanes / kAcross;
+    constexpr int kRows = kChunkRows, kColumns = kChunkColumns, kVectors = kColumns / kCodes;
+    // Of the lanes, as they store vectors.
+    constexpr int kAcross = kVectors < kLanes ? kVectors : kLanes, kDown = kLanes / kAcross;
     PREQUANT_SHARED(tiles, Vector<uint8_t, kUnit>[kWarps][kRows][kColumns / kUnit]);
     auto& tile = tiles[(threadIdx.y * blockDim.x + threadIdx.x) / kLanes];
     const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
     const int64_t strip = row_begin / kRows + int64_t(blockIdx.x) * blockDim.y + threadIdx.y, end = row_begin + rows;
     const int64_t row_blocks = weight.scale_rows == 1 ? 0 : weight.G;
-    const int chunks = static_cast<int>(chunks_along(weight.K)), row_pieces = static_cast<int>(weight.K) / kCodes;
+    const int chunks = static_cast<int>(chunks_along(weight.K)), row_vectors = static_cast<int>(weight.K) / kCodes;
     auto* to = reinterpret_cast<Vector<T, kCodes>*>(dense);
     if (strip * kRows >= end) return;  // the whole warp
 
@@ -131,9 +131,9 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2)
                 store(tile[g + 8 * nn][u ^ g].at + 2 * t,
                       static_cast<uint16_t>(code(8 * nn, 8 * u) | code(8 * nn, 8 * u + 1) << 8));
         __syncwarp();
-        for (int piece = lane % kAcross; piece < kPieces; piece += kAcross) {
-            const int across = chunk * kPieces + piece, group = weight.G == 1 ? 0 : across * kCodes / group_size;
-            if (across >= row_pieces) break;
+        for (int vector = lane % kAcross; vector < kVectors; vector += kAcross) {
+            const int across = chunk * kVectors + vector, group = weight.G == 1 ? 0 : across * kCodes / group_size;
+            if (across >= row_vectors) break;
 #pragma unroll(kCodes == 1 ? 1 : kCodes / 2)
             for (int top = 0; top < kRows; top += kDown) {
                 const int row = top + lane / kAcross;
@@ -141,9 +141,9 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2)
                 if (n < row_begin || n >= end) continue;
                 const float magic_zero = 8388608.0f + static_cast<float>(weight.zero_point[block]),
                             scale = weight.scale[block];
-                const auto codes = load<Vector<uint8_t, kCodes>>(tile[row][piece * kCodes / kUnit ^ row % 8].at +
-                                                                 piece * kCodes % kUnit);
-                store(to + (n - row_begin) * row_pieces + across, dequantized<T, kCodes>(codes, magic_zero, scale));
+                const auto codes = load<Vector<uint8_t, kCodes>>(tile[row][vector * kCodes / kUnit ^ row % 8].at +
+                                                                 vector * kCodes % kUnit);
+                store(to + (n - row_begin) * row_vectors + across, dequantized<T, kCodes>(codes, magic_zero, scale));
             }
         }
     }

@@ -18,7 +18,7 @@ namespace {
 template <typename T, int kCodes>
 __global__ void embedding_kernel(const int64_t* __restrict__ ids, const uint8_t* __restrict__ codes,
                                  const float* __restrict__ scale, const uint8_t* __restrict__ zero_point,
-                                 int64_t table_rows, bool per_row, int64_t count, int64_t row_pieces,
+                                 int64_t table_rows, bool per_row, int64_t count, int64_t row_vectors,
                                  T* __restrict__ rows) {
     using Codes = Vector<uint8_t, kCodes>;
     using Values = Vector<T, kCodes>;
@@ -28,15 +28,15 @@ __global__ void embedding_kernel(const int64_t* __restrict__ ids, const uint8_t*
     const bool is_known = 0 <= id && id < table_rows;
     const float step = is_known ? scale[block] : __uint_as_float(0x7fc00000);  // NaN
     const int zero = is_known ? zero_point[block] : 0;
-    const Codes* from = reinterpret_cast<const Codes*>(codes) + (is_known ? id : 0) * row_pieces;
-    Values* to = reinterpret_cast<Values*>(rows) + i * row_pieces;
-    for (int64_t piece = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; piece < row_pieces;
-         piece += int64_t(gridDim.y) * blockDim.x) {
-        const Codes in = is_known ? load<Codes>(from + piece) : Codes{};
+    const Codes* from = reinterpret_cast<const Codes*>(codes) + (is_known ? id : 0) * row_vectors;
+    Values* to = reinterpret_cast<Values*>(rows) + i * row_vectors;
+    for (int64_t vector = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; vector < row_vectors;
+         vector += int64_t(gridDim.y) * blockDim.x) {
+        const Codes in = is_known ? load<Codes>(from + vector) : Codes{};
         Values out;
 #pragma unroll
         for (int j = 0; j < kCodes; ++j) out.at[j] = from_float<T>(static_cast<float>(in.at[j] - zero) * step);
-        store(to + piece, out);
+        store(to + vector, out);
     }
 }
 
@@ -46,9 +46,9 @@ void embedding_to(const int64_t* ids, const uint8_t* codes, const float* scale, 
     constexpr int kCodes = kVectorBytes / sizeof(T);
     T* to = static_cast<T*>(rows.data);
     const bool is_wide = rows.cols % kCodes == 0 && is_aligned(to, kVectorBytes) && is_aligned(codes, kCodes);
-    const int64_t pieces = is_wide ? rows.cols / kCodes : rows.cols;
+    const int64_t vectors = is_wide ? rows.cols / kCodes : rows.cols;
     launch("embedding_kernel", is_wide ? embedding_kernel<T, kCodes> : embedding_kernel<T, 1>,
-           row_grid(rows.rows, pieces, stream), ids, codes, scale, zero_point, table_rows, per_row, rows.rows, pieces,
+           row_grid(rows.rows, vectors, stream), ids, codes, scale, zero_point, table_rows, per_row, rows.rows, vectors,
            to);
 }
 

@@ -1,11 +1,11 @@
 // Outliers |w - mean| > threshold * std and their clipping energy, for each column and each row.
 //                                                                                   Meaning: reference.outlier_counts
-//                 chunk 0 (32 lanes x 16 bytes)    chunk 1 ...   A warp takes one chunk of columns through one band of
-//   band 0  row 0   l0 l0 l0 l0 | l1 ... | l31                   rows. A lane keeps the counts of its columns in shared
-//           row 1   ...                                          memory; the lanes' counts of a row are added by
-//   band 1  ...                                                  shuffles, where the row has any. Both go to scratch,
-//                                                                and a second pass adds column k over the bands and
-//                                                                row n over the chunks.
+//                 segment 0 (32 lanes x 16 bytes)  segment 1 ...   A warp takes one segment of columns through one band
+//   band 0  row 0   l0 l0 l0 l0 | l1 ... | l31                     of rows. A lane keeps the counts of its columns in
+//           row 1   ...                                            shared memory; the lanes' counts of a row are added
+//   band 1  ...                                                    by shuffles, where the row has any. Both go to
+//                                                                  scratch, and a second pass adds column k over the
+//                                                                  bands and row n over the segments.
 //
 // Requires   16-byte loads need aligned rows (K a multiple of a lane's columns); otherwise a lane's columns lie 32
 //            apart and are read singly.
@@ -54,16 +54,16 @@ struct ColumnTallies {
 template <typename T, bool kWide>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, kBlocksPerSm)
     outlier_counts_kernel(const T* __restrict__ weight, int64_t N, int64_t K, const double* __restrict__ mean,
-                          const double* __restrict__ std, double threshold, unsigned chunks, int64_t bands,
+                          const double* __restrict__ std, double threshold, unsigned segments, int64_t bands,
                           int64_t band_rows, Tallies columns, Tallies rows) {
     // kRowsAhead: as many rows as one word has marks for.
     constexpr int kVector = kVectorBytes / sizeof(T), kRowsAhead = 32 / kVector;
-    const int64_t chunk = blockIdx.x % chunks, band = int64_t(blockIdx.x / chunks) * kWarpsPerBlock + threadIdx.y;
+    const int64_t segment = blockIdx.x % segments, band = int64_t(blockIdx.x / segments) * kWarpsPerBlock + threadIdx.y;
     const int lane = threadIdx.x;
     if (band >= bands) return;
 
     // Column j of this lane. Lanes beyond the last column read it again and count nothing.
-    const int64_t first_column = chunk * kWarp * kVector + (kWide ? lane * kVector : lane);
+    const int64_t first_column = segment * kWarp * kVector + (kWide ? lane * kVector : lane);
     const auto column = [&](int j) { return first_column + (kWide ? j : j * kWarp); };
     unsigned is_inside = 0;
 #pragma unroll
@@ -129,14 +129,14 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, kBlocksPerSm)
             }
         }
         if (lane < batch) {
-            rows.counts[chunk * N + n0 + lane] = row_count;
-            rows.energy[chunk * N + n0 + lane] = row_energy;
+            rows.counts[segment * N + n0 + lane] = row_count;
+            rows.energy[segment * N + n0 + lane] = row_energy;
         }
     }
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {  // neighbouring lanes write neighbouring columns
-        const int64_t k = chunk * kWarp * kVector + i * kWarp + lane;
+        const int64_t k = segment * kWarp * kVector + i * kWarp + lane;
         if (k >= K) continue;
         const int j = kWide ? lane % kVector : i, owner = kWide ? i * (kWarp / kVector) + lane / kVector : lane;
         columns.counts[band * K + k] = own.counts[j][owner];
@@ -173,29 +173,29 @@ void add_tallies(Tallies parts, int64_t number_of_parts, int64_t length, int64_t
 }
 
 // Warps enough for every scheduler of a large GPU; beyond that, longer bands write fewer tallies.
-int64_t rows_of_band(int64_t N, int64_t chunks) {
+int64_t rows_of_band(int64_t N, int64_t segments) {
     constexpr int64_t kWarpsWanted = 1024, kFewest = 8, kMost = 512;
-    return std::clamp(ceil_div(N, std::max(kWarpsWanted / chunks, int64_t(1))), kFewest, kMost);
+    return std::clamp(ceil_div(N, std::max(kWarpsWanted / segments, int64_t(1))), kFewest, kMost);
 }
 
 template <typename T>
 void count_outliers(Matrix weight, const double* mean, const double* std, double threshold, int64_t* column_counts,
                     int64_t* column_energy, int64_t* row_counts, int64_t* row_energy, Stream stream) {
     constexpr int64_t kVector = kVectorBytes / sizeof(T);
-    const int64_t N = weight.rows, K = weight.cols, chunks = ceil_div(K, kWarp * kVector);
-    const int64_t band_rows = N && K ? rows_of_band(N, chunks) : 1, bands = K ? ceil_div(N, band_rows) : 0;
-    const Tallies columns = make_tallies(bands * K, stream), rows = make_tallies(N * chunks, stream);
+    const int64_t N = weight.rows, K = weight.cols, segments = ceil_div(K, kWarp * kVector);
+    const int64_t band_rows = N && K ? rows_of_band(N, segments) : 1, bands = K ? ceil_div(N, band_rows) : 0;
+    const Tallies columns = make_tallies(bands * K, stream), rows = make_tallies(N * segments, stream);
     if (N && K) {
         const bool is_wide = K % kVector == 0 && is_aligned(weight.data, kVectorBytes);
-        const LaunchConfig config{.grid = dim3(static_cast<unsigned>(chunks * ceil_div(bands, kWarpsPerBlock))),
+        const LaunchConfig config{.grid = dim3(static_cast<unsigned>(segments * ceil_div(bands, kWarpsPerBlock))),
                                   .block = dim3(kWarp, kWarpsPerBlock),
                                   .stream = stream};
         launch("outlier_counts_kernel", is_wide ? outlier_counts_kernel<T, true> : outlier_counts_kernel<T, false>,
-               config, static_cast<const T*>(weight.data), N, K, mean, std, threshold, static_cast<unsigned>(chunks),
+               config, static_cast<const T*>(weight.data), N, K, mean, std, threshold, static_cast<unsigned>(segments),
                bands, band_rows, columns, rows);
     }
     add_tallies(columns, bands, K, column_counts, column_energy, stream);
-    add_tallies(rows, chunks, N, row_counts, row_energy, stream);
+    add_tallies(rows, segments, N, row_counts, row_energy, stream);
 }
 
 }  // namespace

@@ -48,7 +48,7 @@ struct Tile {
     static constexpr int kQuads = kPerLane / 4, kPad = kWide && kQuads > 1 ? 4 * kWarp / kPerLane : 0;
     static constexpr int kPitch = kQuads * (4 * kWarp + kPad);
     // As words: numbers of 16 bits would be taken apart and put together again.
-    using Chunk = Vector<uint32_t, kPerLane * sizeof(Wide) / 4>;
+    using Words = Vector<uint32_t, kPerLane * sizeof(Wide) / 4>;
 
     static PREQUANT_HOST_DEVICE constexpr int column(int lane, int i) {
         return kWide ? lane * kPerLane + i : i * kWarp + lane;
@@ -79,13 +79,13 @@ __device__ __forceinline__ void fetch_narrow(const Product& product, int64_t fir
 }
 
 template <typename Wide, bool kWide>
-__device__ __forceinline__ typename Tile<Wide, kWide>::Chunk fetch_wide(const Wide* row, int64_t first_column, int lane,
+__device__ __forceinline__ typename Tile<Wide, kWide>::Words fetch_wide(const Wide* row, int64_t first_column, int lane,
                                                                         int64_t columns) {
     using T = Tile<Wide, kWide>;
-    typename T::Chunk chunk{};
+    typename T::Words words{};
     if constexpr (kWide) {
         if (first_column + lane * T::kPerLane < columns)
-            chunk = load<typename T::Chunk>(row + first_column + lane * T::kPerLane);
+            words = load<typename T::Words>(row + first_column + lane * T::kPerLane);
     } else {
         Wide numbers[T::kPerLane]{};
 #pragma unroll
@@ -93,18 +93,18 @@ __device__ __forceinline__ typename Tile<Wide, kWide>::Chunk fetch_wide(const Wi
             const int64_t column = first_column + T::column(lane, i);
             if (column < columns) numbers[i] = row[column];
         }
-        memcpy(chunk.at, numbers, sizeof chunk);
+        memcpy(words.at, numbers, sizeof words);
     }
-    return chunk;
+    return words;
 }
 
 template <typename Wide, int kWords>
-__device__ __forceinline__ float number(const Vector<uint32_t, kWords>& chunk, int i, float bias) {
+__device__ __forceinline__ float number(const Vector<uint32_t, kWords>& words, int i, float bias) {
     if constexpr (sizeof(Wide) == 1) {
-        return biased_code(chunk.at[i / 4], i % 4) - bias;
+        return biased_code(words.at[i / 4], i % 4) - bias;
     } else {
         Wide numbers[kWords * 4 / sizeof(Wide)];
-        memcpy(numbers, chunk.at, sizeof numbers);
+        memcpy(numbers, words.at, sizeof numbers);
         return to_float(numbers[i]);
     }
 }
@@ -145,17 +145,17 @@ __global__ void __launch_bounds__(kThreads, 2)
         __syncthreads();
         const int rows = static_cast<int>(end_row - stage_row < kStageRows ? end_row - stage_row : kStageRows);
         for (int first = warp; first < rows; first += T::kBatch * kWarps) {
-            typename T::Chunk chunks[T::kBatch];
+            typename T::Words fetched[T::kBatch];
 #pragma unroll
             for (int b = 0; b < T::kBatch; ++b) {
                 const int row = first + b * kWarps;
-                chunks[b] = row < rows ? fetch_wide<Wide, kWide>(wide + (stage_row + row) * product.columns,
-                                                                 first_column, lane, product.columns)
-                                       : typename T::Chunk{};
+                fetched[b] = row < rows ? fetch_wide<Wide, kWide>(wide + (stage_row + row) * product.columns,
+                                                                  first_column, lane, product.columns)
+                                        : typename T::Words{};
             }
 #pragma unroll
             for (int b = 0; b < T::kBatch; ++b) {
-                const int row = first + b * kWarps;  // past the end: narrow is 0, and so is the chunk
+                const int row = first + b * kWarps;  // past the end: narrow is 0, and so are the words
                 float slots[kSlots];
 #pragma unroll
                 for (int q = 0; q < kSlots / 4; ++q) {
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                 }
 #pragma unroll
                 for (int i = 0; i < T::kPerLane; ++i) {
-                    const float value = number<Wide>(chunks[b], i, kHasCodes ? slots[kTile < kSlots ? kTile : 0] : 0);
+                    const float value = number<Wide>(fetched[b], i, kHasCodes ? slots[kTile < kSlots ? kTile : 0] : 0);
 #pragma unroll
                     for (int j = 0; j < kTile; ++j) total[j][i] = __fmaf_rn(slots[j], value, total[j][i]);
                 }
@@ -236,7 +236,7 @@ void outlier_grad_of(const Wide* wide, Product product, float* gradient, Stream 
     const int64_t M = product.M, large_tiles = ceil_div(product.r, kLargeTile);
     const bool is_small = ceil_div(product.r, kSmallTile) == large_tiles;
     const bool is_wide =
-        product.columns % Tile<Wide, true>::kPerLane == 0 && is_aligned(wide, sizeof(typename Tile<Wide, true>::Chunk));
+        product.columns % Tile<Wide, true>::kPerLane == 0 && is_aligned(wide, sizeof(typename Tile<Wide, true>::Words));
     product.outlier_tiles = static_cast<int>(large_tiles);
     product.column_tiles = static_cast<int>(ceil_div(product.columns, Tile<Wide, true>::kColumns));
 

@@ -12,7 +12,7 @@
 //                                                                      shared memory; axis 0: which j, if any, each
 //                                                                      column is.
 //
-// Requires   chunks of 4 need K % 4 == 0 (finish: N % 4 == 0) and aligned pointers; otherwise a chunk is one number.
+// Requires   quads need K % 4 == 0 (finish: N % 4 == 0) and aligned pointers; otherwise numbers are read one by one.
 //            dims distinct; those out of range are skipped.
 // Sums in    float32. outlier_side: each thread in the order of k, then the lanes by halves, then the warps in turn,
 //            whatever M is; the scale of codes multiplies the sum. finish: as written.
@@ -23,7 +23,7 @@ namespace prequant::cuda {
 
 namespace {
 
-constexpr int kWarp = 32, kChunk = 4;
+constexpr int kWarp = 32, kQuad = 4;
 
 // ---- outlier_side ----
 
@@ -32,18 +32,18 @@ constexpr int kSideThreads = 256, kSideWarps = kSideThreads / kWarp, kSideRows =
 // Four numbers of one row that a thread owns: neighbours, or kSideThreads apart so that narrow loads coalesce too. Past
 // the row's end: 0.
 template <typename T, bool kWide>
-__device__ __forceinline__ void load_chunk(const T* row, int64_t k, int64_t K, float bias, float (&values)[kChunk]) {
+__device__ __forceinline__ void load_quad(const T* row, int64_t k, int64_t K, float bias, float (&values)[kQuad]) {
     if constexpr (kWide && sizeof(T) == 1) {
         const auto word = load<uint32_t>(row + k);
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) values[i] = biased_code(word, i) - bias;
+        for (int i = 0; i < kQuad; ++i) values[i] = biased_code(word, i) - bias;
     } else if constexpr (kWide) {
-        const auto chunk = load<Vector<T, kChunk>>(row + k);
+        const auto quad = load<Vector<T, kQuad>>(row + k);
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) values[i] = to_float(chunk.at[i]);
+        for (int i = 0; i < kQuad; ++i) values[i] = to_float(quad.at[i]);
     } else {
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) {
+        for (int i = 0; i < kQuad; ++i) {
             const int64_t at = k + i * kSideThreads;
             if constexpr (sizeof(T) == 1)
                 values[i] = at < K ? biased_code(row[at], 0) - bias : 0;
@@ -76,18 +76,18 @@ __global__ void __launch_bounds__(kSideThreads)
     for (int i = 0; i < kOutliers; ++i) weights[i] = values + (j + i < r ? j + i : r - 1) * K;
 
     float sums[kSideRows][kOutliers] = {};
-    for (int64_t k = kWide ? int64_t(thread) * kChunk : thread; k < K; k += kSideThreads * kChunk) {
-        float numbers[kSideRows][kChunk];
+    for (int64_t k = kWide ? int64_t(thread) * kQuad : thread; k < K; k += kSideThreads * kQuad) {
+        float numbers[kSideRows][kQuad];
 #pragma unroll
-        for (int i = 0; i < kSideRows; ++i) load_chunk<T, kWide>(rows[i], k, K, bias[i], numbers[i]);
+        for (int i = 0; i < kSideRows; ++i) load_quad<T, kWide>(rows[i], k, K, bias[i], numbers[i]);
 #pragma unroll
         for (int o = 0; o < kOutliers; ++o) {
-            float weight[kChunk];
-            load_chunk<float, kWide>(weights[o], k, K, 0, weight);
+            float weight[kQuad];
+            load_quad<float, kWide>(weights[o], k, K, 0, weight);
 #pragma unroll
             for (int i = 0; i < kSideRows; ++i)
 #pragma unroll
-                for (int c = 0; c < kChunk; ++c) sums[i][o] = __fmaf_rn(numbers[i][c], weight[c], sums[i][o]);
+                for (int c = 0; c < kQuad; ++c) sums[i][o] = __fmaf_rn(numbers[i][c], weight[c], sums[i][o]);
         }
     }
 
@@ -114,7 +114,7 @@ void outlier_side_of(const T* x, const Source& source, const Outliers& outliers,
     constexpr int64_t kFewRows = 64;  // up to here blocks are scarcer than reads of x, which L2 answers
     const int64_t M = source.rows(), row_tiles = ceil_div(M, kSideRows);
     const bool is_wide =
-        source.cols() % kChunk == 0 && is_aligned(x, kChunk * sizeof(T)) && is_aligned(outliers.values, kVectorBytes);
+        source.cols() % kQuad == 0 && is_aligned(x, kQuad * sizeof(T)) && is_aligned(outliers.values, kVectorBytes);
     const int outlier_tiles = static_cast<int>(M <= kFewRows ? outliers.r : ceil_div(outliers.r, kTile));
     const LaunchConfig config{
         .grid = grid_of("outlier_side", row_tiles * outlier_tiles), .block = dim3(kSideThreads), .stream = stream};
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kFinishWarps* kWarp)
     const int64_t first_row = int64_t(blockIdx.x / column_tiles) * tile_rows,
                   first_column = int64_t(blockIdx.x % column_tiles) * kColumns;
     const int64_t m = first_row + warp * kRows, n = first_column + lane * kVector;
-    const bool is_inside = n < N;  // N % kVector == 0: then the whole chunk is
+    const bool is_inside = n < N;  // N % kVector == 0: then the whole quad is
 
     float sums[kRows][kVector] = {};
 #pragma unroll(kRows == 1 ? 8 : 4)
@@ -226,16 +226,16 @@ void finish_to(const float* partial, int splits, const Source& x, const Outliers
     constexpr int64_t kFewRows = 64;  // above it a warp makes 4 rows: they share the values of the outliers
     constexpr int kRows = 4;
     const bool is_few = y.rows <= kFewRows;
-    const bool is_wide = y.cols % kChunk == 0 && is_aligned(y.data, kChunk * sizeof(T)) &&
+    const bool is_wide = y.cols % kQuad == 0 && is_aligned(y.data, kQuad * sizeof(T)) &&
                          is_aligned(bias, kVectorBytes) && is_aligned(partial, kVectorBytes);
-    const int64_t column_tiles = ceil_div(y.cols, kWarp * (is_wide ? kChunk : 1)),
+    const int64_t column_tiles = ceil_div(y.cols, kWarp * (is_wide ? kQuad : 1)),
                   row_groups = ceil_div(y.rows, is_few ? 1 : kRows);
     const int warps = static_cast<int>(std::min<int64_t>(row_groups, kFinishWarps));
     const LaunchConfig config{.grid = grid_of("finish", ceil_div(row_groups, warps) * column_tiles),
                               .block = dim3(kWarp, warps),
                               .stream = stream};
-    const auto kernel = is_few ? (is_wide ? finish_kernel<T, kChunk, 1> : finish_kernel<T, 1, 1>)
-                               : (is_wide ? finish_kernel<T, kChunk, kRows> : finish_kernel<T, 1, kRows>);
+    const auto kernel = is_few ? (is_wide ? finish_kernel<T, kQuad, 1> : finish_kernel<T, 1, 1>)
+                               : (is_wide ? finish_kernel<T, kQuad, kRows> : finish_kernel<T, 1, kRows>);
     launch("finish_kernel", kernel, config, partial, splits, x, outliers, side, bias, y.rows, y.cols,
            static_cast<unsigned>(column_tiles), static_cast<T*>(y.data));
 }

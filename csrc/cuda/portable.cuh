@@ -139,22 +139,23 @@ PREQUANT_HOST_DEVICE inline float to_float(float value) { return value; }
 PREQUANT_HOST_DEVICE inline float to_float(__half value) { return __half2float(value); }
 PREQUANT_HOST_DEVICE inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
-// ---- a grid over the rows of a matrix, each cut into chunks ----
+// ---- a grid over the rows of a matrix, each cut into vectors ----
 //
 //   row n = blockIdx.x * blockDim.y + threadIdx.y       grid.x alone reaches 2^31 - 1 blocks, so it carries the rows
-//   chunk c = blockIdx.y * blockDim.x + threadIdx.x,    then on by gridDim.y * blockDim.x, because gridDim.y ends at
+//   vector v = blockIdx.y * blockDim.x + threadIdx.x,   then on by gridDim.y * blockDim.x, because gridDim.y ends at
 //                                                       65535
 //
-// Neighbouring lanes take neighbouring chunks, so their accesses coalesce; a short row shares its block with the next
+// A vector is what one access of a thread moves: several numbers, or a single one where a row is not aligned.
+// Neighbouring lanes take neighbouring vectors, so their accesses coalesce; a short row shares its block with the next
 // rows.
-inline LaunchConfig row_grid(int64_t rows, int64_t chunks, Stream stream) {
+inline LaunchConfig row_grid(int64_t rows, int64_t vectors, Stream stream) {
     constexpr int64_t kThreads = 256, kWarp = 32, kMaxGridX = 2147483647, kMaxGridY = 65535;
-    const int64_t across = std::min(kThreads, ceil_div(chunks, kWarp) * kWarp), down = kThreads / across;
+    const int64_t across = std::min(kThreads, ceil_div(vectors, kWarp) * kWarp), down = kThreads / across;
     if (ceil_div(rows, down) > kMaxGridX)
         throw std::runtime_error("a CUDA launch covers at most " + std::to_string(kMaxGridX * down) + " rows, got " +
                                  std::to_string(rows));
     return {.grid = dim3(static_cast<unsigned>(ceil_div(rows, down)),
-                         static_cast<unsigned>(std::min(ceil_div(chunks, across), kMaxGridY))),
+                         static_cast<unsigned>(std::min(ceil_div(vectors, across), kMaxGridY))),
             .block = dim3(static_cast<unsigned>(across), static_cast<unsigned>(down)),
             .stream = stream};
 }

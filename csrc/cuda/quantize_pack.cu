@@ -1,12 +1,12 @@
 // code = clip(rint(w / scale) + zero_point, 0, 2^bits - 1), packed; outlier dimensions get zero_point, worth exactly 0.
 //                                                                                      Meaning: reference.quantize_pack
-//   row n, fp16 in, 4 bits    weights  0 ... 7 | 8 ... 15 | ...     A thread makes one chunk: one 128-bit load
+//   row n, fp16 in, 4 bits    weights  0 ... 7 | 8 ... 15 | ...     A thread makes one vector: one 128-bit load
 //                             packed   0 ... 3 | 4 ...  7 | ...     (8 halves or 4 floats), one store of 1 to 8 bytes.
 //                             thread      0    |    1     | ...
 //   marks                     bit d of a bitmap in scratch: dimension d is an outlier. A first kernel makes it.
 //
-// Requires   a finite w, a scale of at least 2^-126. Chunks of 16 bytes need K and the group to be multiples of the
-//            chunk, and aligned pointers; otherwise a thread makes one packed byte. Outlier dimensions beyond the
+// Requires   a finite w, a scale of at least 2^-126. Vectors of 16 bytes need K and the group to be multiples of the
+//            vector, and aligned pointers; otherwise a thread makes one packed byte. Outlier dimensions beyond the
 //            matrix are passed over.
 // Rounds     a true float32 division, then half to even: every device makes the same bytes.
 // Limited by one read of the weight.
@@ -57,17 +57,17 @@ __global__ void quantize_pack_kernel(const T* __restrict__ weight, int64_t N, in
     if (n >= N) return;
     const bool is_outlier_row = marks != nullptr && axis == 0 && (marks[n / kMarkBits] >> (n % kMarkBits) & 1);
     const int64_t first_block = (blocks.scale_rows == 1 ? 0 : n) * blocks.G;
-#pragma unroll 1  // a thread has one chunk, but in very long rows
-    for (int64_t chunk = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; chunk * kBytes < row_bytes;
-         chunk += int64_t(gridDim.y) * blockDim.x) {
-        const int64_t k = chunk * kCodes;
+#pragma unroll 1  // a thread has one vector, but in very long rows
+    for (int64_t vector = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; vector * kBytes < row_bytes;
+         vector += int64_t(gridDim.y) * blockDim.x) {
+        const int64_t k = vector * kCodes;
         Vector<T, kCodes> values;
         if constexpr (kWide) {
             values = load<Vector<T, kCodes>>(weight + n * K + k);
         } else {
             for (int i = 0; i < kCodes; ++i) values.at[i] = weight[n * K + (k + i < K ? k + i : k)];
         }
-        // A chunk lies inside one word of marks: its length divides 32.
+        // A vector lies inside one word of marks: its length divides 32.
         unsigned is_outlier = is_outlier_row ? ~0u : 0;
         if (marks != nullptr && axis == 1) is_outlier = marks[k / kMarkBits] >> (k % kMarkBits);
 
@@ -77,7 +77,7 @@ __global__ void quantize_pack_kernel(const T* __restrict__ weight, int64_t N, in
         uint8_t codes[kCodes];
 #pragma unroll
         for (int i = 0; i < kCodes; ++i) {
-            if (!kWide || i == 0) {  // a wide chunk lies in one group; one group costs no 64-bit division
+            if (!kWide || i == 0) {  // a wide vector lies in one group; one group costs no 64-bit division
                 block = first_block + (blocks.G == 1 ? 0 : (k + i) / blocks.group_size);
                 if (kWide || k + i < K) scale = blocks.scale[block], zero_point = blocks.zero_point[block];
             }
@@ -92,7 +92,7 @@ __global__ void quantize_pack_kernel(const T* __restrict__ weight, int64_t N, in
             for (int i = 0; i < kPerByte; ++i) bits |= codes[byte * kPerByte + i] << (i * kContainer);
             out.at[byte] = static_cast<uint8_t>(bits);
         }
-        store(packed + n * row_bytes + chunk * kBytes, out);
+        store(packed + n * row_bytes + vector * kBytes, out);
     }
 }
 

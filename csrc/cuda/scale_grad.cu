@@ -10,8 +10,8 @@
 //
 //   Groups and tiles both grow with k, so their sum tells the pieces apart. The second pass adds the pieces of (n, g).
 //
-// Requires   canonical weight rows. Chunks of 4 numbers, or 16 packed codes, need a row of whole chunks and an aligned
-//            pointer; else they are read one by one.
+// Requires   canonical weight rows. Quads of 4 numbers, and vectors of 16 packed codes, need a row of whole ones and an
+//            aligned pointer; else they are read one by one.
 // Sums in    float32 over the tokens of a run in turn, then over the columns of a piece in turn, compensated, then over
 //            runs; float64 over parts and tiles.
 // Limited by float32 multiply-adds: 2 M N K operations.
@@ -22,7 +22,7 @@ namespace prequant::cuda {
 
 namespace {
 
-constexpr int kTileRows = 128, kTileColumns = 64, kThreads = 128, kQuad = 4, kChunk = 16;
+constexpr int kTileRows = 128, kTileColumns = 64, kThreads = 128, kQuad = 4, kVectorCodes = 16;
 // kDepth: tokens in shared memory; kRun: tokens that one register sums. Longer runs lose what a library's product
 // keeps.
 constexpr int kDepth = 16, kRun = 256;
@@ -38,7 +38,7 @@ struct Problem {
     Matrix grad_y;
     Source x;
     Weight weight;
-    bool has_grad_quads, has_source_quads, has_code_chunks;
+    bool has_grad_quads, has_source_quads, has_code_vectors;
     int64_t M, part_rows, column_tiles, pieces;
     unsigned row_tiles;
 };
@@ -137,13 +137,13 @@ __device__ __forceinline__ void multiply(const float* buffer, float (&sums)[8][8
 
 // 16 codes of a canonical row from column k on, a multiple of 16; past the row's end there are none.
 template <int kContainer>
-using Codes = Vector<uint8_t, kChunk * kContainer / 8>;
+using Codes = Vector<uint8_t, kVectorCodes * kContainer / 8>;
 
 template <int kContainer>
 __device__ __forceinline__ Codes<kContainer> fetch_codes(const uint8_t* row, int64_t k, int64_t row_bytes,
                                                          bool is_whole) {
-    constexpr int kBytes = kChunk * kContainer / 8;
-    const int64_t at = k / kChunk * kBytes;
+    constexpr int kBytes = kVectorCodes * kContainer / 8;
+    const int64_t at = k / kVectorCodes * kBytes;
     if (is_whole) return load<Codes<kContainer>>(row + at);
     Codes<kContainer> codes{};
 #pragma unroll
@@ -167,15 +167,15 @@ __device__ __forceinline__ void add_groups(const Problem& problem, const float* 
     int64_t g = first / size, left = (g + 1) * size - first;  // columns left of group g
     // lost: what the roundings of sum left out, which costs less than float64.
     float zero = zero_points[g], sum = 0, lost = 0;
-    for (int chunk = 0; chunk < columns; chunk += kChunk) {
+    for (int begin = 0; begin < columns; begin += kVectorCodes) {
         const Codes<kContainer> packed =
-            fetch_codes<kContainer>(codes, first + chunk, row_bytes, problem.has_code_chunks);
+            fetch_codes<kContainer>(codes, first + begin, row_bytes, problem.has_code_vectors);
 #pragma unroll
-        for (int i = 0; i < kChunk; i += kQuad) {
-            const Quad values = load<Quad>(row + chunk + i);
+        for (int i = 0; i < kVectorCodes; i += kQuad) {
+            const Quad values = load<Quad>(row + begin + i);
 #pragma unroll
             for (int c = 0; c < kQuad; ++c) {
-                const int k = chunk + i + c;
+                const int k = begin + i + c;
                 if (k >= columns) continue;
                 const float term =
                     __fmul_rn(values.at[c], static_cast<float>(code_at(packed.at, i + c, kContainer)) - zero);
@@ -266,7 +266,7 @@ void scale_grad(Matrix grad_y, Matrix x, Activations codes, Weight weight, float
         return cols % kQuad == 0 && is_aligned(data, kQuad * bytes);
     };
     const auto number_bytes = [](Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; };
-    const int64_t code_bytes = packed_row_bytes(kChunk, weight.container);
+    const int64_t code_bytes = packed_row_bytes(kVectorCodes, weight.container);
     const Problem problem{
         .grad_y = grad_y,
         .x = source,
@@ -274,7 +274,7 @@ void scale_grad(Matrix grad_y, Matrix x, Activations codes, Weight weight, float
         .has_grad_quads = has_quads(grad_y.data, N, number_bytes(grad_y.dtype)),
         .has_source_quads =
             source.has_codes() ? has_quads(codes.codes, K, 1) : has_quads(x.data, K, number_bytes(x.dtype)),
-        .has_code_chunks =
+        .has_code_vectors =
             packed_row_bytes(K, weight.container) % code_bytes == 0 && is_aligned(weight.packed, code_bytes),
         .M = M,
         .part_rows = part_runs * kRun,

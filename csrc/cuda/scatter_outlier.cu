@@ -39,7 +39,7 @@ __global__ void scatter_columns_kernel(T* __restrict__ dense, int64_t N, int64_t
 }
 
 template <typename T, int kValues>
-__global__ void scatter_rows_kernel(T* __restrict__ dense, int64_t N, int64_t row_pieces, Outliers outliers,
+__global__ void scatter_rows_kernel(T* __restrict__ dense, int64_t N, int64_t row_vectors, Outliers outliers,
                                     bool accumulate) {
     using Values = Vector<float, kValues>;
     using Elements = Vector<T, kValues>;
@@ -47,16 +47,16 @@ __global__ void scatter_rows_kernel(T* __restrict__ dense, int64_t N, int64_t ro
     if (j >= outliers.r) return;
     const int64_t n = outliers.dims[j];
     if (n < 0 || n >= N) return;
-    const Values* from = reinterpret_cast<const Values*>(outliers.values) + j * row_pieces;
-    Elements* to = reinterpret_cast<Elements*>(dense) + n * row_pieces;
-    for (int64_t piece = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; piece < row_pieces;
-         piece += int64_t(gridDim.y) * blockDim.x) {
-        const auto values = load<Values>(from + piece);
+    const Values* from = reinterpret_cast<const Values*>(outliers.values) + j * row_vectors;
+    Elements* to = reinterpret_cast<Elements*>(dense) + n * row_vectors;
+    for (int64_t vector = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; vector < row_vectors;
+         vector += int64_t(gridDim.y) * blockDim.x) {
+        const auto values = load<Values>(from + vector);
         Elements elements{};
-        if (accumulate) elements = load<Elements>(to + piece);
+        if (accumulate) elements = load<Elements>(to + vector);
 #pragma unroll
         for (int i = 0; i < kValues; ++i) elements.at[i] = written(elements.at[i], values.at[i], accumulate);
-        store(to + piece, elements);
+        store(to + vector, elements);
     }
 }
 
@@ -71,9 +71,9 @@ void scatter_outlier_to(MutableMatrix dense, const Outliers& outliers, bool accu
     }
     const bool is_wide =
         dense.cols % kValues == 0 && is_aligned(to, kValues * sizeof(T)) && is_aligned(outliers.values, kVectorBytes);
-    const int64_t pieces = is_wide ? dense.cols / kValues : dense.cols;
+    const int64_t vectors = is_wide ? dense.cols / kValues : dense.cols;
     launch("scatter_rows_kernel", is_wide ? scatter_rows_kernel<T, kValues> : scatter_rows_kernel<T, 1>,
-           row_grid(outliers.r, pieces, stream), to, dense.rows, pieces, outliers, accumulate);
+           row_grid(outliers.r, vectors, stream), to, dense.rows, vectors, outliers, accumulate);
 }
 
 }  // namespace

@@ -1,10 +1,9 @@
 // A kernel that is right, and the same kernel with one defect each: tests show that the emulator finds them all.
 //
-// Tile b of in (rows, 32) float32 is 32 rows of eight 16-byte chunks. out (tiles, 8, 32) chunks: the same, chunk by
-// chunk instead of row by row; missing rows are 0. A thread brings one chunk to shared memory and takes another one
-// away:
+// Tile b of in (rows, 32) float32 is 32 rows of eight 16-byte units. out (tiles, 8, 32) units: the same, unit by unit
+// instead of row by row; missing rows are 0. A thread brings one unit to shared memory and takes another one away:
 //
-//   chunk c of row r lies at 8 r + (c ^ r % 8)     thread t brings chunk t % 8 of row t / 8 and takes chunk t / 32 of
+//   unit c of row r lies at 8 r + (c ^ r % 8)      thread t brings unit t % 8 of row t / 8 and takes unit t / 32 of
 //                                                  row t % 32; thanks to the ^, eight neighbouring lanes of either find
 //                                                  32 different banks
 #include <cstring>
@@ -38,25 +37,25 @@ enum class Defect {
     blocks_overlap,
 };
 
-using Chunk = Vector<float, 4>;
-constexpr int kThreads = 256, kRows = 32, kRowChunks = 8;
+using Unit = Vector<float, 4>;
+constexpr int kThreads = 256, kRows = 32, kRowUnits = 8;
 
 template <Defect kDefect>
 __global__ void __launch_bounds__(kThreads)
-    chunks_kernel(const float* __restrict__ in, int64_t rows, float* __restrict__ out) {
+    units_kernel(const float* __restrict__ in, int64_t rows, float* __restrict__ out) {
     constexpr auto is = [](Defect defect) { return kDefect == defect; };
-    Chunk* tile = dynamic_shared<Chunk>();
+    Unit* tile = dynamic_shared<Unit>();
     const int t = threadIdx.x;
-    const auto place = [is](int r, int c) { return r * kRowChunks + (is(Defect::missing_swizzle) ? c : c ^ r % 8); };
+    const auto place = [is](int r, int c) { return r * kRowUnits + (is(Defect::missing_swizzle) ? c : c ^ r % 8); };
     {
-        const int r = t / kRowChunks, c = t % kRowChunks;
+        const int r = t / kRowUnits, c = t % kRowUnits;
         const int64_t row = int64_t(blockIdx.x) * kRows + r;
         const bool exists = row < rows || is(Defect::reads_past_the_input);
-        Chunk* to = tile + place(r, c) + (is(Defect::copies_past_shared_memory) ? 1 : 0);
+        Unit* to = tile + place(r, c) + (is(Defect::copies_past_shared_memory) ? 1 : 0);
         const float* from = in + (exists ? row * kRows + c * 4 : 0);
         if (exists || !is(Defect::missing_zeros)) cp_async_16(to, from, exists ? 16 : 0);
         cp_async_commit();
-        if (is(Defect::stores_past_shared_memory)) store(tile + t + 1, Chunk{});
+        if (is(Defect::stores_past_shared_memory)) store(tile + t + 1, Unit{});
     }
     if (!is(Defect::missing_wait)) cp_async_wait<0>();
     if (is(Defect::barrier_after_exit) && t == 200) return;
@@ -64,13 +63,13 @@ __global__ void __launch_bounds__(kThreads)
     if (!is(Defect::missing_barrier)) __syncthreads();
 
     const int r = t % kRows, c = t / kRows;
-    Chunk chunk = load<Chunk>(tile + place(r, c));
-    if (is(Defect::misaligned_load)) chunk = load<Chunk>(reinterpret_cast<const float*>(tile) + 1);
+    Unit unit = load<Unit>(tile + place(r, c));
+    if (is(Defect::misaligned_load)) unit = load<Unit>(reinterpret_cast<const float*>(tile) + 1);
     if (is(Defect::shuffle_after_exit) && t % 32 == 7) return;
-    if (is(Defect::shuffle_after_exit)) chunk.at[0] = __shfl_xor_sync(0xffffffffu, chunk.at[0], 0);
-    if (is(Defect::wrong_mask)) chunk.at[0] = __shfl_xor_sync(0x0000ffffu, chunk.at[0], 0);
+    if (is(Defect::shuffle_after_exit)) unit.at[0] = __shfl_xor_sync(0xffffffffu, unit.at[0], 0);
+    if (is(Defect::wrong_mask)) unit.at[0] = __shfl_xor_sync(0x0000ffffu, unit.at[0], 0);
     if (is(Defect::different_collectives))
-        chunk.at[1] += t % 2 ? float(__ballot_sync(0xffffffffu, 1)) : __shfl_sync(0xffffffffu, 1.0f, 0);
+        unit.at[1] += t % 2 ? float(__ballot_sync(0xffffffffu, 1)) : __shfl_sync(0xffffffffu, 1.0f, 0);
     if (is(Defect::deadlock)) {
         if (t % 32 < 16) {
             __syncwarp();
@@ -78,15 +77,15 @@ __global__ void __launch_bounds__(kThreads)
             __syncthreads();
         }
     }
-    if (is(Defect::missing_warp_barrier)) {  // the warp's lanes hand their chunks round
+    if (is(Defect::missing_warp_barrier)) {  // the warp's lanes hand their units round
         __syncthreads();
-        store(tile + t, chunk);
-        chunk = load<Chunk>(tile + (t ^ 1));
+        store(tile + t, unit);
+        unit = load<Unit>(tile + (t ^ 1));
     }
-    const int64_t to = is(Defect::strided_stores) ? r * kRowChunks + c : c * kRows + r;
-    store(out + (int64_t(blockIdx.x) * kThreads + to + (is(Defect::writes_past_the_output) ? 1 : 0)) * 4, chunk);
+    const int64_t to = is(Defect::strided_stores) ? r * kRowUnits + c : c * kRows + r;
+    store(out + (int64_t(blockIdx.x) * kThreads + to + (is(Defect::writes_past_the_output) ? 1 : 0)) * 4, unit);
     if (is(Defect::writes_to_the_input)) store(const_cast<float*>(in), in[0]);
-    if (is(Defect::blocks_overlap) && t == 0) store(out, chunk.at[0]);
+    if (is(Defect::blocks_overlap) && t == 0) store(out, unit.at[0]);
 }
 
 // A sum that every block adds to, in the order of the blocks that come last: right with a fence before the counter,
@@ -120,7 +119,7 @@ const struct {
     const char* name;
     void (*kernel)(const float*, int64_t, float*);
 } kKernels[] = {
-#define PREQUANT_DEFECT(name) {#name, chunks_kernel<Defect::name>}
+#define PREQUANT_DEFECT(name) {#name, units_kernel<Defect::name>}
     PREQUANT_DEFECT(none),
     PREQUANT_DEFECT(missing_barrier),
     PREQUANT_DEFECT(missing_wait),
@@ -162,7 +161,7 @@ extern "C" __attribute__((visibility("default"))) const char* prequant_defect(co
             launch(known, kernel,
                    {.grid = dim3(static_cast<unsigned>(prequant::ceil_div(rows, kRows))),
                     .block = dim3(kThreads),
-                    .shared_bytes = kThreads * sizeof(Chunk)},
+                    .shared_bytes = kThreads * sizeof(Unit)},
                    in, rows, out);
             return nullptr;
         } catch (const std::exception& failure) {

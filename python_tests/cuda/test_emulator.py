@@ -38,7 +38,7 @@ def input_rows(rows: int = ROWS) -> torch.Tensor:
     return aligned(torch.randn(rows, 32, generator=torch.Generator().manual_seed(0)))
 
 
-def chunk_by_chunk(x: torch.Tensor) -> torch.Tensor:
+def unit_by_unit(x: torch.Tensor) -> torch.Tensor:
     padded = torch.zeros(-(-x.shape[0] // 32) * 32, 32)
     padded[: x.shape[0]] = x
     return padded.view(-1, 32, 8, 4).transpose(1, 2).contiguous()
@@ -64,14 +64,14 @@ def results_of(name: str, fast: ctypes.CDLL, options) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", ["none", "missing_swizzle"])
 def test_a_right_kernel_is_right_in_every_order(name, fast, options):
     for result in results_of(name, fast, options):
-        assert torch.equal(result, chunk_by_chunk(input_rows()))
+        assert torch.equal(result, unit_by_unit(input_rows()))
 
 
 @pytest.mark.parametrize(
     "name", ["missing_barrier", "missing_wait", "missing_zeros", "missing_warp_barrier", "blocks_overlap"]
 )
 def test_a_defect_shows_in_the_results_of_some_order(name, fast, options):
-    assert not all(torch.equal(result, chunk_by_chunk(input_rows())) for result in results_of(name, fast, options))
+    assert not all(torch.equal(result, unit_by_unit(input_rows())) for result in results_of(name, fast, options))
 
 
 STOPPED = {
@@ -107,15 +107,15 @@ def traced(emulated_library) -> ctypes.CDLL:
 
 
 TRACED = {  # what is found, and a part of the line where it is
-    "missing_barrier": ("race in shared memory: read after write", "chunk = load<Chunk>(tile + place(r, c))"),
-    "missing_wait": ("data of a cp.async used before its wait", "chunk = load<Chunk>(tile + place(r, c))"),
-    "missing_zeros": ("read of shared memory that was never written", "chunk = load<Chunk>(tile + place(r, c))"),
-    "missing_warp_barrier": ("race in shared memory: read after write", "chunk = load<Chunk>(tile + (t ^ 1))"),
+    "missing_barrier": ("race in shared memory: read after write", "unit = load<Unit>(tile + place(r, c))"),
+    "missing_wait": ("data of a cp.async used before its wait", "unit = load<Unit>(tile + place(r, c))"),
+    "missing_zeros": ("read of shared memory that was never written", "unit = load<Unit>(tile + place(r, c))"),
+    "missing_warp_barrier": ("race in shared memory: read after write", "unit = load<Unit>(tile + (t ^ 1))"),
     "reads_past_the_input": ("access outside of every buffer", "cp_async_16(to, from, exists ? 16 : 0)"),
     "writes_past_the_output": ("access outside of every buffer", "store(out + (int64_t(blockIdx.x) * kThreads + to"),
     "writes_to_the_input": ("write to an input", "store(const_cast<float*>(in), in[0])"),
-    "stores_past_shared_memory": ("access outside of every buffer", "store(tile + t + 1, Chunk{})"),
-    "blocks_overlap": ("race in global memory: write after write", "store(out, chunk.at[0])"),
+    "stores_past_shared_memory": ("access outside of every buffer", "store(tile + t + 1, Unit{})"),
+    "blocks_overlap": ("race in global memory: write after write", "store(out, unit.at[0])"),
     "last_block_without_fence": ("race in global memory: read after write", "sum += out[1 + i]"),
 }
 
@@ -161,7 +161,7 @@ def test_the_tracer_counts_sectors_and_bank_conflicts(traced):
         ("load", True, 16, 512),
         ("store", False, 16, 512),
     ]
-    # Eight rows of one chunk column lie in the same four banks: a load's pass over eight lanes takes eight wavefronts.
+    # Eight rows of one unit column lie in the same four banks: a load's pass over eight lanes takes eight wavefronts.
     unswizzled = counts("missing_swizzle")
     assert (unswizzled.wavefronts, unswizzled.ideal_wavefronts) == (16 * 4 + 16 * 4 * 8, 128)
     # Neighbouring lanes store 16 bytes each, 128 bytes apart: half of every sector.
@@ -191,7 +191,7 @@ def test_a_seed_permutes_lanes_warps_and_blocks(fast, options):
 def test_several_workers_share_the_blocks(fast, options):
     options(workers=2)
     out = aligned(torch.full((3, 8, 32, 4), torch.nan))
-    assert run_defect(fast, "none", input_rows(), out) is None and torch.equal(out, chunk_by_chunk(input_rows()))
+    assert run_defect(fast, "none", input_rows(), out) is None and torch.equal(out, unit_by_unit(input_rows()))
 
 
 def test_what_cuda_refuses_is_refused(fast, options):
@@ -212,7 +212,7 @@ from support import emulated
 emulated.load("sanitized")
 kernels = emulated.c_functions(emulated.build("sanitized"))
 x, out = torch.randn(96, 32), torch.empty(3, 8, 32, 4)
-assert test_emulator.run_defect(kernels, "none", x, out) is None and torch.equal(out, test_emulator.chunk_by_chunk(x))
+assert test_emulator.run_defect(kernels, "none", x, out) is None and torch.equal(out, test_emulator.unit_by_unit(x))
 reports = {}
 for name in ("none", "reads_past_the_input", "writes_past_the_output", "stores_past_shared_memory"):
     with tempfile.TemporaryFile("w+") as report:

@@ -124,7 +124,7 @@ def test_a_scale_of_nan_is_its_token_alone(M, axis, device):
 @pytest.mark.parametrize("w_code", [0, 255])
 @pytest.mark.parametrize("K", [4_096, 4_097, 32_768, 32_769, 33_025, 33_026, 140_000])
 def test_no_accumulator_overflows(K, w_code, x_code, device):
-    """All-extreme data just below and above a chunk (4,096), what the CPU adds up in int32 (32,768), INT32_MAX / 255^2
+    """All-extreme data just below and above a span (4,096), what the CPU adds up in int32 (32,768), INT32_MAX / 255^2
     products (33,025), and far beyond.
     """
     x_codes = torch.full((2, K), x_code, dtype=torch.uint8, device=device)

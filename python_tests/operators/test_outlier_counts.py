@@ -33,7 +33,7 @@ def from_cpu(weight, mean, std, threshold):
     ]
 
 
-# Rows of a batch, of a band and of the next one; columns of a chunk (128 floats, 256 halves) and of the next one; no
+# Rows of a batch, of a band and of the next one; columns of a segment (128 floats, 256 halves) and of the next one; no
 # row of 16 bytes.
 @pytest.mark.parametrize(
     "shape", [(7, 128), (8, 132), (9, 256), (31, 264), (32, 8), (33, 129), (64, 12), (65, 4), (1100, 16)], ids=str
@@ -52,7 +52,7 @@ def test_every_edge_of_a_tile(shape, dtype, device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(4, 16384), (2100, 136)], ids=str)
-def test_long_bands_and_many_chunks(shape, device):
+def test_long_bands_and_many_segments(shape, device):
     weight = random_matrix(*shape, torch.float16, device)
     arguments = (weight, one(0.0, device), one(1.0, device), 2.5)
     for actual, cpu in zip(ops.outlier_counts(*arguments), from_cpu(*arguments), strict=True):

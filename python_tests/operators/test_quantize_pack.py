@@ -26,7 +26,7 @@ def operands(N, K, blocks, bits, dtype, r, axis, device):
     return random_matrix(N, K, dtype, device) * 2 ** (bits - 3), scale, zero_point, bits, dims, axis
 
 
-# The pairs of (bits, dtype) and (blocks, axis, r), and for each of them a K of whole chunks, of whole bytes, and of
+# The pairs of (bits, dtype) and (blocks, axis, r), and for each of them a K of whole vectors, of whole bytes, and of
 # neither.
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -107,7 +107,7 @@ def test_outlier_dims_are_worth_nothing(axis, device):
     assert_identical(dense, without.index_fill(axis, dims, 0.0))
 
 
-@pytest.mark.parametrize("K", [3, 4])  # one code at a time, and a chunk
+@pytest.mark.parametrize("K", [3, 4])  # one code at a time, and a vector
 def test_extreme_weights_clip(K, device):
     weight = torch.tensor([[1e38, -1e38, 0.0, -0.0][:K]], device=device)
     scale, zero_point = (
