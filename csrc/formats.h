@@ -63,11 +63,12 @@ PREQUANT_HOST_DEVICE constexpr int64_t panel_offset(int64_t n, int64_t word, int
 }
 
 constexpr int64_t kChunkRows = 16, kChunkColumns = 64;
-constexpr int kLanes = 32, kLaneCodes = 32;  // of a warp; of a chunk in one lane
+constexpr int kWarp = 32;  // lanes of a warp, each of which keeps a part of a chunk
+constexpr int kLaneCodes = 32;  // codes of that part
 
 PREQUANT_HOST_DEVICE constexpr int64_t chunks_along(int64_t K) { return ceil_div(K, kChunkColumns); }
 PREQUANT_HOST_DEVICE constexpr int64_t lane_bytes(int container) { return kLaneCodes * container / 8; }
-PREQUANT_HOST_DEVICE constexpr int64_t chunk_bytes(int container) { return kLanes * lane_bytes(container); }
+PREQUANT_HOST_DEVICE constexpr int64_t chunk_bytes(int container) { return kWarp * lane_bytes(container); }
 
 // Where weight (n, k) lies, n and k within a chunk: which lane has it, and which of the lane's codes it is.
 PREQUANT_HOST_DEVICE constexpr int chunk_lane(int n, int k) { return n % 8 * 4 + k % 8 / 2; }

@@ -93,23 +93,23 @@ __device__ inline Vector<T, kCodes> dequantized(Vector<uint8_t, kCodes> codes, f
 
 // Two blocks a multiprocessor are asked for: left to itself, ptxas keeps to 64 registers and spills.
 template <typename T, int kContainer, int kCodes>
-__global__ void __launch_bounds__(kWarps* kLanes, 2)
+__global__ void __launch_bounds__(kWarps* kWarp, 2)
     dequantize_chunks_kernel(Weight weight, int group_size, int64_t row_begin, int64_t rows, T* __restrict__ dense) {
     constexpr int kLoadWords = kContainer < 4 ? kContainer : 4, kCodesPerWord = 32 / kContainer;
     constexpr int kRows = kChunkRows, kColumns = kChunkColumns, kVectors = kColumns / kCodes;
     // Of the lanes, as they store vectors.
-    constexpr int kAcross = kVectors < kLanes ? kVectors : kLanes, kDown = kLanes / kAcross;
+    constexpr int kAcross = kVectors < kWarp ? kVectors : kWarp, kDown = kWarp / kAcross;
     PREQUANT_SHARED(tiles, Vector<uint8_t, kUnit>[kWarps][kRows][kColumns / kUnit]);
-    auto& tile = tiles[(threadIdx.y * blockDim.x + threadIdx.x) / kLanes];
-    const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
+    auto& tile = tiles[(threadIdx.y * blockDim.x + threadIdx.x) / kWarp];
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     const int64_t strip = row_begin / kRows + int64_t(blockIdx.x) * blockDim.y + threadIdx.y, end = row_begin + rows;
     const int64_t row_blocks = weight.scale_rows == 1 ? 0 : weight.G;
     const int chunks = static_cast<int>(chunks_along(weight.K)), row_vectors = static_cast<int>(weight.K) / kCodes;
     auto* to = reinterpret_cast<Vector<T, kCodes>*>(dense);
     if (strip * kRows >= end) return;  // the whole warp
 
-    for (int at = blockIdx.y * blockDim.x + threadIdx.x; at < chunks * kLanes; at += gridDim.y * blockDim.x) {
-        const int chunk = at / kLanes;
+    for (int at = blockIdx.y * blockDim.x + threadIdx.x; at < chunks * kWarp; at += gridDim.y * blockDim.x) {
+        const int chunk = at / kWarp;
         const uint8_t* from =
             weight.packed + (strip * chunks + chunk) * chunk_bytes(kContainer) + lane * lane_bytes(kContainer);
         uint32_t words[kContainer];  // 32 codes
@@ -169,7 +169,7 @@ void dequantize_chunks(const Weight& weight, int64_t row_begin, MutableMatrix de
     const bool is_wide = group_size % kCodes == 0 && is_aligned(to, kVectorBytes);
     launch("dequantize_chunks_kernel",
            is_wide ? chunks_kernel_for<T, kCodes>(weight.container) : chunks_kernel_for<T, 1>(weight.container),
-           row_grid(strips, chunks_along(weight.K) * kLanes, stream), weight, static_cast<int>(group_size), row_begin,
+           row_grid(strips, chunks_along(weight.K) * kWarp, stream), weight, static_cast<int>(group_size), row_begin,
            dense.rows, to);
 }
 

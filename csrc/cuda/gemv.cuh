@@ -24,11 +24,11 @@ constexpr int kValuePitch = 17;
 PREQUANT_HOST_DEVICE constexpr int gemv_sums(int rows) { return kGemvTokens * rows + kGemvTokens / 2 * 8; }
 
 template <typename T, int kBlocks>
-__global__ void __launch_bounds__(kGemvWarps* kLanes, kBlocks == 1 ? 3 : 2) gemv_kernel(Product p, int slab_chunks) {
+__global__ void __launch_bounds__(kGemvWarps* kWarp, kBlocks == 1 ? 3 : 2) gemv_kernel(Product p, int slab_chunks) {
     constexpr int kRows = kBlocks * 16, kSums = gemv_sums(kRows);
-    static_assert(kGemvTokens * kRows <= kGemvWarps * kLanes);
+    static_assert(kGemvTokens * kRows <= kGemvWarps * kWarp);
     uint8_t* slab = dynamic_shared<uint8_t>();  // (M, slab_chunks * 64) of x; unit u of row m lies at u ^ (m % 8)
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes, warp = thread / kLanes,
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp,
               M = static_cast<int>(p.M);
     const Weight& w = p.weight;
     const int64_t n0 = int64_t(blockIdx.x) * kRows;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kGemvWarps* kLanes, kBlocks == 1 ? 3 : 2) gemv
         const int end = min(slab0 + slab_chunks, chunks);
         if (slab0 > 0) __syncthreads();
         for (int m = 0; m < M; ++m)
-            for (int unit = thread; unit < (end - slab0) * 8; unit += kGemvWarps * kLanes) {
+            for (int unit = thread; unit < (end - slab0) * 8; unit += kGemvWarps * kWarp) {
                 const int64_t k = int64_t(slab0) * kChunkColumns + unit * 8;
                 cp_async_16(slab + m * row_bytes + (unit ^ m) * 16, static_cast<const T*>(p.x) + m * p.stride + k,
                             k < p.depth ? 16 : 0);
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kGemvWarps* kLanes, kBlocks == 1 ? 3 : 2) gemv
         // The pitch is odd: rows meet different banks.
         const int count = p.gathered - j0 < 16 ? static_cast<int>(p.gathered - j0) : 16, pitch = count | 1;
         __syncthreads();
-        for (int e = thread; e < kRows * count; e += kGemvWarps * kLanes)
+        for (int e = thread; e < kRows * count; e += kGemvWarps * kWarp)
             if (n0 + e / count < w.N)
                 values[e / count * pitch + e % count] =
                     p.values[(n0 + e / count) * p.along_column + (j0 + e % count) * p.along_outlier];
@@ -180,7 +180,7 @@ void launch_gemv(const Product& p, const Gpu& gpu, Stream stream) {
         (kGemvWarps * gemv_sums(static_cast<int>(rows)) + rows * kValuePitch + 16 * kGemvTokens) * 4;
     launch("gemv_kernel", is_double ? gemv_kernel<T, 2> : gemv_kernel<T, 1>,
            {.grid = grid_of("linear_w4a16", ceil_div(p.columns, rows)),
-            .block = dim3(kGemvWarps * kLanes),
+            .block = dim3(kGemvWarps * kWarp),
             .stream = stream,
             .shared_bytes = static_cast<size_t>(std::max(slab_chunks * kChunkColumns * 2 * p.M, end_bytes))},
            p, static_cast<int>(slab_chunks));

@@ -16,7 +16,7 @@
 
 namespace prequant::cuda {
 
-constexpr int kQuad = 4, kOutlierStep = 16;
+constexpr int kOutlierStep = 16;
 
 struct IntegerProduct {
     Activations x;

@@ -29,7 +29,7 @@ namespace prequant::cuda {
 #define PREQUANT_DEVICE PREQUANT_ALWAYS_INLINE
 #endif
 
-constexpr int kWarp = 32, kPieceCodes = 16, kTileTokens = 8, kStripRows = static_cast<int>(kChunkRows),
+constexpr int kPieceCodes = 16, kTileTokens = 8, kStripRows = static_cast<int>(kChunkRows),
               kChunkPieces = static_cast<int>(kChunkColumns) / kPieceCodes;
 constexpr uint32_t kOnes = 0x01010101u, kMiddle = 0x80808080u;  // kMiddle: code 128 four times, s = 0
 

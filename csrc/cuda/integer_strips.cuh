@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(StripShapes<kTokenTiles, kStrips, kSlices>::kT
                 const int64_t block = (weight.scale_rows == 1 ? 0 : n + 8 * high) * G + g;
                 scale[high] = weight.scale[block], zero_point[high] = weight.zero_point[block];
             }
-            code_sum[high] = __shfl_sync(0xffffffffu, sums[kTokenTiles - 1][1 + 2 * high], lane | 3) >> (high * kShift);
+            code_sum[high] = __shfl_sync(kAllLanes, sums[kTokenTiles - 1][1 + 2 * high], lane | 3) >> (high * kShift);
         }
 #pragma unroll
         for (int tile = 0; tile < kTokenTiles; ++tile)

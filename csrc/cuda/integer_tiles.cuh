@@ -195,8 +195,8 @@ __global__ void __launch_bounds__(kTileThreads, kIsGrouped ? 1 : kTileBlocks)
                     scale[strip][high] = weight.scale[block], zero_point[strip][high] = weight.zero_point[block];
                 }
                 uint32_t sum = code_sums[strip][high];
-                sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-                sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+                sum += __shfl_xor_sync(kAllLanes, sum, 1);
+                sum += __shfl_xor_sync(kAllLanes, sum, 2);
                 code_sum[strip][high] = static_cast<int>(sum >> (high * kShift));
                 code_sums[strip][high] = 0;
             }
@@ -283,8 +283,8 @@ __global__ void __launch_bounds__(kTileThreads, kIsGrouped ? 1 : kTileBlocks)
 #pragma unroll
         for (int high = 0; high < 2; ++high) {
             uint32_t sum = code_sums[0][high];
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            sum += __shfl_xor_sync(kAllLanes, sum, 1);
+            sum += __shfl_xor_sync(kAllLanes, sum, 2);
             if (lane % 4 == 0) end.code_sums[column_of(half, high)] = static_cast<int32_t>(sum >> (high * kShift));
         }
     }

@@ -78,7 +78,7 @@ template <typename T, int kContainer, typename TileT, bool kIsPerRow>
 __global__ void __launch_bounds__(TileT::kThreads, TileT::kRows == 16 ? 4 : 2) linear_dx_kernel(Product p, int slots) {
     using Scales = RowScales<TileT, T>;
     constexpr int kDeep = TileT::kDepth / 16;  // chunks of a warp, a step
-    const int lane = static_cast<int>(threadIdx.x) % kLanes, warp = static_cast<int>(threadIdx.x) / kLanes;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
     const int64_t k0 = int64_t(blockIdx.x) * TileT::kColumns, m0 = int64_t(blockIdx.y) * TileT::kRows,
                   part = blockIdx.z;
     const int64_t first = part * p.steps;

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(TileT::kThreads, TileT::kRows == 16 ? 2 : 1)
     linear_w4a16_kernel(Product p, int slots) {
     // kDeep: chunks of a warp, a step.
     constexpr int kBlocks = TileT::kWarpColumns / 16, kDeep = TileT::kDepth / static_cast<int>(kChunkColumns);
-    const int lane = static_cast<int>(threadIdx.x) % kLanes, warp = static_cast<int>(threadIdx.x) / kLanes;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
     const int64_t n0 = int64_t(blockIdx.x) * TileT::kColumns, m0 = int64_t(blockIdx.y) * TileT::kRows,
                   part = blockIdx.z;
     const int64_t first = part * p.steps;

@@ -21,10 +21,9 @@ namespace prequant::cuda {
 
 namespace {
 
-constexpr int kWarp = 32, kWarpsPerBlock = 4;
+constexpr int kWarpsPerBlock = 4;
 // Leaves a thread 128 registers; without it ptxas spills to fit more warps than the loads need.
 constexpr int kBlocksPerSm = 4;
-constexpr unsigned kAllLanes = 0xffffffff;
 constexpr double kEnergyUnits = 0x1p20;  // energy is counted in units of std^2 / 2^20
 
 struct Tallies {  // of `length` columns or rows, one such list for each part of the matrix

@@ -24,7 +24,7 @@ namespace prequant::cuda {
 
 namespace {
 
-constexpr int kWarp = 32, kWarps = 8, kThreads = kWarp * kWarps;
+constexpr int kWarps = 8, kThreads = kWarp * kWarps;
 constexpr int kStageRows = 128;  // rows of narrow in shared memory
 
 // What both axes are, as one product.

@@ -23,8 +23,6 @@ namespace prequant::cuda {
 
 namespace {
 
-constexpr int kWarp = 32, kQuad = 4;
-
 // ---- outlier_side ----
 
 constexpr int kSideThreads = 256, kSideWarps = kSideThreads / kWarp, kSideRows = 4;
@@ -95,8 +93,7 @@ __global__ void __launch_bounds__(kSideThreads)
     for (int i = 0; i < kSideRows; ++i)
 #pragma unroll
         for (int o = 0; o < kOutliers; ++o) {
-            for (int half = kWarp / 2; half > 0; half /= 2)
-                sums[i][o] += __shfl_xor_sync(0xffffffffu, sums[i][o], half);
+            for (int half = kWarp / 2; half > 0; half /= 2) sums[i][o] += __shfl_xor_sync(kAllLanes, sums[i][o], half);
             if (lane == 0) warp_sums[warp][i * kOutliers + o] = sums[i][o];
         }
     __syncthreads();

@@ -45,15 +45,6 @@ __device__ inline float biased_code(uint32_t word, int i) {
     return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u | static_cast<uint32_t>(i)));
 }
 
-// A grid of so many blocks along x, or an error.
-inline dim3 grid_of(const char* name, int64_t blocks) {
-    constexpr int64_t kMaxGridX = 2147483647;
-    if (blocks > kMaxGridX)
-        throw std::runtime_error(std::string(name) + ": needs " + std::to_string(blocks) +
-                                 " blocks, a CUDA launch has at most 2147483647");
-    return dim3(static_cast<unsigned>(blocks));
-}
-
 // side (M, r) float32 = x values^T for outliers of axis 0. Sums in float32, in a fixed order.
 void outlier_side(const Source& x, const Outliers& outliers, float* side, Stream stream);
 

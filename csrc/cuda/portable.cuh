@@ -22,6 +22,9 @@
 
 namespace prequant::cuda {
 
+constexpr unsigned kAllLanes = 0xffffffffu;  // the mask of a whole warp
+constexpr int64_t kMaxGridX = 2147483647, kMaxGridY = 65535;
+
 struct LaunchConfig {
     dim3 grid, block;
     Stream stream = {};
@@ -117,6 +120,7 @@ PREQUANT_ALWAYS_INLINE void store(void* address, const T& value) {
 #endif
 
 constexpr int kVectorBytes = 16;  // the widest access of one thread
+constexpr int kQuad = 4;          // neighbouring numbers of a row that a thread takes together
 
 inline bool is_aligned(const void* address, int64_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
 
@@ -139,6 +143,14 @@ PREQUANT_HOST_DEVICE inline float to_float(float value) { return value; }
 PREQUANT_HOST_DEVICE inline float to_float(__half value) { return __half2float(value); }
 PREQUANT_HOST_DEVICE inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
+// A grid of so many blocks along x, or an error.
+inline dim3 grid_of(const char* name, int64_t blocks) {
+    if (blocks > kMaxGridX)
+        throw std::runtime_error(std::string(name) + ": needs " + std::to_string(blocks) +
+                                 " blocks, a CUDA launch has at most " + std::to_string(kMaxGridX));
+    return dim3(static_cast<unsigned>(blocks));
+}
+
 // ---- a grid over the rows of a matrix, each cut into vectors ----
 //
 //   row n = blockIdx.x * blockDim.y + threadIdx.y       grid.x alone reaches 2^31 - 1 blocks, so it carries the rows
@@ -149,7 +161,7 @@ PREQUANT_HOST_DEVICE inline float to_float(__nv_bfloat16 value) { return __bfloa
 // Neighbouring lanes take neighbouring vectors, so their accesses coalesce; a short row shares its block with the next
 // rows.
 inline LaunchConfig row_grid(int64_t rows, int64_t vectors, Stream stream) {
-    constexpr int64_t kThreads = 256, kWarp = 32, kMaxGridX = 2147483647, kMaxGridY = 65535;
+    constexpr int64_t kThreads = 256;
     const int64_t across = std::min(kThreads, ceil_div(vectors, kWarp) * kWarp), down = kThreads / across;
     if (ceil_div(rows, down) > kMaxGridX)
         throw std::runtime_error("a CUDA launch covers at most " + std::to_string(kMaxGridX * down) + " rows, got " +

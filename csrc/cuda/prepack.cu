@@ -20,7 +20,7 @@ namespace prequant::cuda {
 
 namespace {
 
-constexpr int kQuad = 4;  // lanes that exchange codes
+constexpr int kQuadLanes = 4;  // lanes that exchange codes
 constexpr int kPartCodes = 8;  // from each to each
 
 template <int kContainer>
@@ -34,7 +34,7 @@ struct HalfRow {  // or a lane's part of a chunk: 32 codes, the first one in the
 template <int kContainer>
 struct Parts {
     static constexpr int kWords = kPartCodes * kContainer > 32 ? 2 : 1;
-    uint32_t words[kQuad][kWords];
+    uint32_t words[kQuadLanes][kWords];
 };
 
 template <int kContainer>
@@ -54,15 +54,15 @@ PREQUANT_HOST_DEVICE constexpr int code_of_chunk(int q, int e) {
 template <int kContainer>
 __device__ void transpose_quads(Parts<kContainer>& parts) {
 #pragma unroll
-    for (int step = 1; step < kQuad; step *= 2) {
+    for (int step = 1; step < kQuadLanes; step *= 2) {
         const bool is_upper = threadIdx.x & step;
 #pragma unroll
-        for (int i = 0; i < kQuad; ++i) {
+        for (int i = 0; i < kQuadLanes; ++i) {
             if (i & step) continue;
 #pragma unroll
             for (int w = 0; w < Parts<kContainer>::kWords; ++w) {
                 uint32_t &low = parts.words[i][w], &high = parts.words[i + step][w];
-                const uint32_t received = __shfl_xor_sync(0xffffffff, is_upper ? low : high, step);
+                const uint32_t received = __shfl_xor_sync(kAllLanes, is_upper ? low : high, step);
                 low = is_upper ? received : low;
                 high = is_upper ? high : received;
             }
@@ -123,26 +123,26 @@ __global__ void prepack_kernel(const uint8_t* __restrict__ packed, int64_t N, in
     const int64_t strip = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, chunks = chunks_along(K),
                   row_bytes = packed_row_bytes(K, kContainer);
     if (strip >= ceil_div(N, kChunkRows)) return;  // the same strip for the whole warp, so no lane misses the shuffles
-    const int lane = threadIdx.x % kLanes;
+    const int lane = threadIdx.x % kWarp;
     const int64_t n = strip * kChunkRows + lane / 4 + lane % 4 / 2 * 8;
-    for (int64_t at = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; at < chunks * kLanes;
+    for (int64_t at = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; at < chunks * kWarp;
          at += int64_t(gridDim.y) * blockDim.x) {
-        const int64_t chunk = at / kLanes;
+        const int64_t chunk = at / kWarp;
         const Half row =
             load_half_row<kContainer, kWide>(packed, n, N, (chunk * 2 + lane % 2) * Half::kBytes, row_bytes);
         Parts<kContainer> parts{};
 #pragma unroll
-        for (int e = 0; e < kQuad * kPartCodes; ++e)
+        for (int e = 0; e < kQuadLanes * kPartCodes; ++e)
             copy_code<kContainer>(row.words, code_of_row(e / kPartCodes, e % kPartCodes), parts.words[e / kPartCodes],
                                   e % kPartCodes);
         transpose_quads<kContainer>(parts);
         Half codes{};
 #pragma unroll
-        for (int e = 0; e < kQuad * kPartCodes; ++e)
+        for (int e = 0; e < kQuadLanes * kPartCodes; ++e)
             copy_code<kContainer>(parts.words[e / kPartCodes], e % kPartCodes, codes.words,
                                   code_of_chunk(e / kPartCodes, e % kPartCodes));
         store_half_row<kContainer, true>(codes, prepacked + (strip * chunks + chunk) * chunk_bytes(kContainer), lane,
-                                         kLanes, 0, lane_bytes(kContainer));
+                                         kWarp, 0, lane_bytes(kContainer));
     }
 }
 
@@ -153,22 +153,22 @@ __global__ void unprepack_kernel(const uint8_t* __restrict__ prepacked, int64_t 
     const int64_t strip = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, chunks = chunks_along(K),
                   row_bytes = packed_row_bytes(K, kContainer);
     if (strip >= ceil_div(N, kChunkRows)) return;
-    const int lane = threadIdx.x % kLanes;
+    const int lane = threadIdx.x % kWarp;
     const int64_t n = strip * kChunkRows + lane / 4 + lane % 4 / 2 * 8;
-    for (int64_t at = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; at < chunks * kLanes;
+    for (int64_t at = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; at < chunks * kWarp;
          at += int64_t(gridDim.y) * blockDim.x) {
-        const int64_t chunk = at / kLanes;
+        const int64_t chunk = at / kWarp;
         const Half codes = load_half_row<kContainer, true>(
-            prepacked + (strip * chunks + chunk) * chunk_bytes(kContainer), lane, kLanes, 0, lane_bytes(kContainer));
+            prepacked + (strip * chunks + chunk) * chunk_bytes(kContainer), lane, kWarp, 0, lane_bytes(kContainer));
         Parts<kContainer> parts{};
 #pragma unroll
-        for (int e = 0; e < kQuad * kPartCodes; ++e)
+        for (int e = 0; e < kQuadLanes * kPartCodes; ++e)
             copy_code<kContainer>(codes.words, code_of_chunk(e / kPartCodes, e % kPartCodes),
                                   parts.words[e / kPartCodes], e % kPartCodes);
         transpose_quads<kContainer>(parts);
         Half row{};
 #pragma unroll
-        for (int e = 0; e < kQuad * kPartCodes; ++e)
+        for (int e = 0; e < kQuadLanes * kPartCodes; ++e)
             copy_code<kContainer>(parts.words[e / kPartCodes], e % kPartCodes, row.words,
                                   code_of_row(e / kPartCodes, e % kPartCodes));
         store_half_row<kContainer, kWide>(row, packed, n, N, (chunk * 2 + lane % 2) * Half::kBytes, row_bytes);
@@ -180,7 +180,7 @@ void prepack_container(const uint8_t* packed, int64_t N, int64_t K, uint8_t* pre
     constexpr int kPieceBytes = HalfRow<kContainer>::kPieceBytes;
     const bool is_wide = K % (kPieceBytes * 8 / kContainer) == 0 && is_aligned(packed, kPieceBytes);
     launch("prepack_kernel", is_wide ? prepack_kernel<kContainer, true> : prepack_kernel<kContainer, false>,
-           row_grid(ceil_div(N, kChunkRows), chunks_along(K) * kLanes, stream), packed, N, K, prepacked);
+           row_grid(ceil_div(N, kChunkRows), chunks_along(K) * kWarp, stream), packed, N, K, prepacked);
 }
 
 template <int kContainer>
@@ -188,7 +188,7 @@ void unprepack_container(const uint8_t* prepacked, int64_t N, int64_t K, uint8_t
     constexpr int kPieceBytes = HalfRow<kContainer>::kPieceBytes;
     const bool is_wide = K % (kPieceBytes * 8 / kContainer) == 0 && is_aligned(packed, kPieceBytes);
     launch("unprepack_kernel", is_wide ? unprepack_kernel<kContainer, true> : unprepack_kernel<kContainer, false>,
-           row_grid(ceil_div(N, kChunkRows), chunks_along(K) * kLanes, stream), prepacked, N, K, packed);
+           row_grid(ceil_div(N, kChunkRows), chunks_along(K) * kWarp, stream), prepacked, N, K, packed);
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ namespace prequant::cuda {
 
 namespace {
 
-constexpr int kWarp = 32, kBlockThreads = 256, kMaxWarps = 16;
+constexpr int kBlockThreads = 256, kMaxWarps = 16;
 // Of a row, in the registers of one thread: 4 vectors, or 16 values.
 constexpr int kThreadBytes = 64, kThreadSingles = 16;
 constexpr float kMinScale = 0x1p-126f;
@@ -66,14 +66,13 @@ __device__ inline Range merge(const Range& a, const Range& b) {
 __device__ inline Range merge_lanes(Range range) {
 #pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2)
-        range =
-            merge(range, {__shfl_xor_sync(0xffffffff, range.low, step), __shfl_xor_sync(0xffffffff, range.high, step),
-                          __shfl_xor_sync(0xffffffff, range.poison, step)});
+        range = merge(range, {__shfl_xor_sync(kAllLanes, range.low, step), __shfl_xor_sync(kAllLanes, range.high, step),
+                              __shfl_xor_sync(kAllLanes, range.poison, step)});
     return range;
 }
 
 __device__ inline int32_t sum_lanes(int32_t sum, int lanes) {
-    for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+    for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
     return sum;
 }
 
@@ -285,7 +284,6 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) tensor_coding_kernel(Task ta
 template <typename T, int kValues, int kThreads>
 void launch_rows(const void* x, Task task, Stream stream) {
     constexpr int kRows = block_threads(kThreads) / kThreads;
-    constexpr int64_t kMaxGridX = 2147483647;
     if (ceil_div(task.M, kRows) > kMaxGridX)
         throw std::runtime_error("a CUDA launch covers at most " + std::to_string(kMaxGridX * kRows) + " rows, got " +
                                  std::to_string(task.M));

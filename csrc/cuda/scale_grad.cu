@@ -22,7 +22,7 @@ namespace prequant::cuda {
 
 namespace {
 
-constexpr int kTileRows = 128, kTileColumns = 64, kThreads = 128, kQuad = 4, kVectorCodes = 16;
+constexpr int kTileRows = 128, kTileColumns = 64, kThreads = 128, kVectorCodes = 16;
 // kDepth: tokens in shared memory; kRun: tokens that one register sums. Longer runs lose what a library's product
 // keeps.
 constexpr int kDepth = 16, kRun = 256;

@@ -62,7 +62,6 @@ __global__ void scatter_rows_kernel(T* __restrict__ dense, int64_t N, int64_t ro
 
 template <typename T>
 void scatter_outlier_to(MutableMatrix dense, const Outliers& outliers, bool accumulate, Stream stream) {
-    constexpr int kValues = 4;
     T* to = static_cast<T*>(dense.data);
     if (outliers.axis == 1) {
         launch("scatter_columns_kernel", scatter_columns_kernel<T>, row_grid(dense.rows, outliers.r, stream), to,
@@ -70,9 +69,9 @@ void scatter_outlier_to(MutableMatrix dense, const Outliers& outliers, bool accu
         return;
     }
     const bool is_wide =
-        dense.cols % kValues == 0 && is_aligned(to, kValues * sizeof(T)) && is_aligned(outliers.values, kVectorBytes);
-    const int64_t vectors = is_wide ? dense.cols / kValues : dense.cols;
-    launch("scatter_rows_kernel", is_wide ? scatter_rows_kernel<T, kValues> : scatter_rows_kernel<T, 1>,
+        dense.cols % kQuad == 0 && is_aligned(to, kQuad * sizeof(T)) && is_aligned(outliers.values, kVectorBytes);
+    const int64_t vectors = is_wide ? dense.cols / kQuad : dense.cols;
+    launch("scatter_rows_kernel", is_wide ? scatter_rows_kernel<T, kQuad> : scatter_rows_kernel<T, 1>,
            row_grid(outliers.r, vectors, stream), to, dense.rows, vectors, outliers, accumulate);
 }
 

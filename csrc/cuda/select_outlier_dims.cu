@@ -16,8 +16,7 @@ namespace prequant::cuda {
 
 namespace {
 
-constexpr int kWarp = 32, kWarpsPerBlock = 8, kItems = 8;
-constexpr unsigned kAllLanes = 0xffffffff;
+constexpr int kWarpsPerBlock = 8, kItems = 8;
 
 struct ByImportance {
     const int64_t *counts, *energy;

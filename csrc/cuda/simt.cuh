@@ -26,13 +26,13 @@ constexpr int kSimtWarps = 8, kSimtAhead = 4;
 constexpr int kSimtSlab = kSimtWarps * kSimtAhead * static_cast<int>(kChunkColumns);
 
 template <int kContainer, int kTokens, bool kIsGrouped>
-__global__ void __launch_bounds__(kSimtWarps* kLanes, 2)
+__global__ void __launch_bounds__(kSimtWarps* kWarp, 2)
     simt_kernel(Matrix x, Weight w, int part_chunks, float* __restrict__ partial) {
     constexpr int kWords = kContainer < 4 ? kContainer : 4, kLoads = kContainer / kWords,
                   kCodesPerWord = 32 / kContainer, kRows = static_cast<int>(kChunkRows);
     PREQUANT_SHARED(slab, Vector<float, 2>[kTokens][kSimtSlab / 2]);
     PREQUANT_SHARED(warp_sums, float[kSimtWarps][kTokens][kRows]);
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes, warp = thread / kLanes,
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp,
               M = static_cast<int>(x.rows);
     const int64_t strip = blockIdx.x, part = blockIdx.y, group_size = w.K / w.G;
     const int first = static_cast<int>(part) * part_chunks, chunks = static_cast<int>(chunks_along(w.K));
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kSimtWarps* kLanes, 2)
         const int columns = min(end - slab0, kSimtWarps * kSimtAhead) * static_cast<int>(kChunkColumns);
 #pragma unroll
         for (int m = 0; m < kTokens; ++m)
-            for (int i = thread; i < columns; i += kSimtWarps * kLanes)
+            for (int i = thread; i < columns; i += kSimtWarps * kWarp)
                 slab[m][i / 2].at[i % 2] = m < M && k0 + i < w.K ? float_at(x.data, x.dtype, m * w.K + k0 + i) : 0;
         __syncthreads();
 #pragma unroll
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kSimtWarps* kLanes, 2)
 #pragma unroll
         for (int nn = 0; nn < 2; ++nn) {
             float sum = sums[m][nn];
-            for (int half = 2; half > 0; half /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, half);
+            for (int half = 2; half > 0; half /= 2) sum += __shfl_xor_sync(kAllLanes, sum, half);
             if (lane % 4 == 0) warp_sums[warp][m][nn * 8 + lane / 4] = sum;
         }
     __syncthreads();
@@ -153,7 +153,7 @@ inline void linear_simt(Matrix x, const Weight& weight, const Outliers& outliers
            weight.container == 2   ? simt_kernel_for<2>(x.rows, is_grouped)
            : weight.container == 4 ? simt_kernel_for<4>(x.rows, is_grouped)
                                    : simt_kernel_for<8>(x.rows, is_grouped),
-           {.grid = grid, .block = dim3(kSimtWarps * kLanes), .stream = stream}, x, weight, split.steps * kSimtWarps,
+           {.grid = grid, .block = dim3(kSimtWarps * kWarp), .stream = stream}, x, weight, split.steps * kSimtWarps,
            partial);
     finish(partial, split.parts, {.floats = x}, outliers, side, bias, y, stream);
 }

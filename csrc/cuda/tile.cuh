@@ -74,7 +74,7 @@ inline Product product_of(Matrix x, const Weight& weight, MutableMatrix out, Str
 template <int kRows_, int kColumns_, int kDepth_, int kWarps_>
 struct Tile {
     static constexpr int kRows = kRows_, kColumns = kColumns_, kDepth = kDepth_, kWarps = kWarps_,
-                         kThreads = kWarps * kLanes;
+                         kThreads = kWarps * kWarp;
     // Tiles of an mma's result, in a warp.
     static constexpr int kRowTiles = kRows / 16, kWarpColumns = kColumns / kWarps, kColumnTiles = kWarpColumns / 8;
     static constexpr int kUnits = kDepth / 8;  // of a row of x
@@ -181,7 +181,7 @@ struct CopyChunks {
 // A operands of all row tiles of x, numbers 16 step .. of the slot.
 template <typename TileT>
 __device__ __forceinline__ void load_x(uint32_t (&a)[TileT::kRowTiles][4], const uint8_t* slot, int step) {
-    const int lane = static_cast<int>(threadIdx.x) % kLanes;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
     for (int i = 0; i < TileT::kRowTiles; ++i)
         ldmatrix_x4(a[i], slot + x_offset<TileT>(i * 16 + lane % 16, step * 2 + lane / 16));
@@ -219,7 +219,7 @@ template <typename TileT, typename T>
 __device__ __forceinline__ void add_gathered(Sums<TileT>& sums, const Product& p, int64_t m0, int64_t c0) {
     constexpr int kPitch = TileT::kGatherPitch;
     T *gathered = dynamic_shared<T>(), *values = gathered + TileT::kRows * kPitch;  // (rows, 16) of x, (columns, 16)
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes, warp = thread / kLanes;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
     for (int64_t j0 = 0; j0 < p.gathered; j0 += 16) {
         __syncthreads();
         for (int e = thread; e < TileT::kRows * 16; e += TileT::kThreads) {
@@ -236,7 +236,7 @@ __device__ __forceinline__ void add_gathered(Sums<TileT>& sums, const Product& p
         if (p.along_column == 1) {
             // A warp takes 8 columns x 4 pairs, which meet 32 banks.
             for (int e = thread; e < TileT::kColumns * 8; e += TileT::kThreads) {
-                const int column = e / kLanes % (TileT::kColumns / 8) * 8 + lane % 8,
+                const int column = e / kWarp % (TileT::kColumns / 8) * 8 + lane % 8,
                           j = e / (TileT::kColumns * 4) * 8 + lane / 8 * 2;
                 store(values + column * kPitch + j, pair_of<T>(value(column, j), value(column, j + 1)));
             }
@@ -262,7 +262,7 @@ __device__ __forceinline__ void add_gathered(Sums<TileT>& sums, const Product& p
 // Calls visit(i, q, r, row, column) for each accumulator of the lane, at[i][q][r].
 template <typename TileT, typename Visit>
 __device__ __forceinline__ void for_each_sum(Visit visit) {
-    const int lane = static_cast<int>(threadIdx.x) % kLanes, warp = static_cast<int>(threadIdx.x) / kLanes;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
 #pragma unroll
     for (int q = 0; q < TileT::kColumnTiles; ++q)
 #pragma unroll
@@ -303,7 +303,7 @@ __device__ __forceinline__ void write_tile(Sums<TileT>& sums, const Product& p, 
             });
     }
     if (p.partial != nullptr) {
-        const int lane = static_cast<int>(threadIdx.x) % kLanes, warp = static_cast<int>(threadIdx.x) / kLanes;
+        const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
         const int64_t row = m0 + lane / 4, column = c0 + warp * TileT::kWarpColumns + lane % 4 * 2;
         float* out = p.partial + (part * p.M + row) * p.columns + column;
 #pragma unroll

@@ -28,8 +28,6 @@ namespace prequant::cuda {
 namespace {
 
 constexpr int64_t kStatsTile = 4096;
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffff;
 
 struct TileStats {
     double mean, squares;  // squares: sum of (w - mean)^2

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "../formats.h"
 #include "emulator.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -48,7 +49,7 @@ struct Fiber {
 struct Collective {
     const char* name = nullptr;
     uint32_t mask = 0, arrived = 0;
-    void* arguments[32];
+    void* arguments[kWarp];
 };
 
 struct Warp {

@@ -24,19 +24,19 @@ PREQUANT_DEVICE_FUNCTION void __threadfence_block() {}
 #define __trap() ::prequant::emulator::fail("__trap at line %d of %s", __LINE__, __FILE__)
 
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
+T __shfl_sync(unsigned mask, T value, int lane, int width = warpSize) {
     return prequant::emulator::shuffle(prequant::emulator::Shuffle::index, mask, value, lane, width);
 }
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = warpSize) {
     return prequant::emulator::shuffle(prequant::emulator::Shuffle::butterfly, mask, value, lanes, width);
 }
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
+T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = warpSize) {
     return prequant::emulator::shuffle(prequant::emulator::Shuffle::down, mask, value, static_cast<int>(by), width);
 }
 template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32) {
+T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = warpSize) {
     return prequant::emulator::shuffle(prequant::emulator::Shuffle::up, mask, value, static_cast<int>(by), width);
 }
 PREQUANT_DEVICE_FUNCTION unsigned __ballot_sync(unsigned mask, int predicate) {

@@ -83,12 +83,12 @@ void ldmatrix(uint32_t* registers, int matrices, bool is_transposed, const void*
     collective(name, kWholeWarp, &mine, [](void** arguments, uint32_t) {
         const auto* first = static_cast<Loaded*>(arguments[0]);
         uint32_t rows[32];
-        for (int lane = 0; lane < 32; ++lane) rows[lane] = static_cast<Loaded*>(arguments[lane])->row;
+        for (int lane = 0; lane < kWarp; ++lane) rows[lane] = static_cast<Loaded*>(arguments[lane])->row;
         if (hooks != nullptr) hooks->ldmatrix(first->where, rows, 8 * first->matrices);
         for (int m = 0; m < first->matrices; ++m) {
             uint16_t matrix[8][8];
             for (int i = 0; i < 8; ++i) std::memcpy(matrix[i], current->block->shared + rows[m * 8 + i], 16);
-            for (int lane = 0; lane < 32; ++lane)
+            for (int lane = 0; lane < kWarp; ++lane)
                 static_cast<Loaded*>(arguments[lane])->registers[m] = fragment(matrix, lane, first->is_transposed);
         }
     });
@@ -97,8 +97,9 @@ void ldmatrix(uint32_t* registers, int matrices, bool is_transposed, const void*
 uint32_t movmatrix_trans(uint32_t value) {
     collective("movmatrix.trans", kWholeWarp, &value, [](void** arguments, uint32_t) {
         uint16_t matrix[8][8];
-        for (int lane = 0; lane < 32; ++lane) std::memcpy(&matrix[lane >> 2][(lane & 3) * 2], arguments[lane], 4);
-        for (int lane = 0; lane < 32; ++lane) *static_cast<uint32_t*>(arguments[lane]) = fragment(matrix, lane, true);
+        for (int lane = 0; lane < kWarp; ++lane) std::memcpy(&matrix[lane >> 2][(lane & 3) * 2], arguments[lane], 4);
+        for (int lane = 0; lane < kWarp; ++lane)
+            *static_cast<uint32_t*>(arguments[lane]) = fragment(matrix, lane, true);
     });
     return value;
 }
@@ -131,7 +132,7 @@ float value_of(uint32_t bits) {
 template <Operand kOperand, int kDepth>
 void multiply_float(void** arguments, uint32_t) {
     alignas(64) float a[16][kDepth], b[kDepth][8], d[16][8];
-    for (int lane = 0; lane < 32; ++lane) {
+    for (int lane = 0; lane < kWarp; ++lane) {
         const auto* mine = static_cast<Product*>(arguments[lane]);
         const int g = lane >> 2, q = lane & 3;
         for (int r = 0; r < kDepth / 4; ++r)
@@ -144,7 +145,7 @@ void multiply_float(void** arguments, uint32_t) {
     for (int m = 0; m < 16; ++m)
         for (int k = 0; k < kDepth; ++k)
             for (int n = 0; n < 8; ++n) d[m][n] += a[m][k] * b[k][n];
-    for (int lane = 0; lane < 32; ++lane) {
+    for (int lane = 0; lane < kWarp; ++lane) {
         const int g = lane >> 2, q = lane & 3;
         for (int r = 0; r < 4; ++r)
             static_cast<float*>(static_cast<Product*>(arguments[lane])->d)[r] = d[g + r / 2 * 8][q * 2 + r % 2];
@@ -160,7 +161,7 @@ void multiply_int8(void** arguments, uint32_t) {
         return is_signed ? int(int8_t(word >> (8 * i))) : int(uint8_t(word >> (8 * i)));
     };
     constexpr int kRowHalves = kRows / 8;
-    for (int lane = 0; lane < 32; ++lane) {
+    for (int lane = 0; lane < kWarp; ++lane) {
         const auto* mine = static_cast<Product*>(arguments[lane]);
         const int g = lane >> 2, q = lane & 3;
         for (int r = 0; r < kRowHalves * kDepth / 16; ++r)
@@ -173,7 +174,7 @@ void multiply_int8(void** arguments, uint32_t) {
     for (int m = 0; m < kRows; ++m)
         for (int k = 0; k < kDepth; ++k)
             for (int n = 0; n < 8; ++n) d[m][n] += static_cast<uint32_t>(a[m][k] * b[k][n]);
-    for (int lane = 0; lane < 32; ++lane) {
+    for (int lane = 0; lane < kWarp; ++lane) {
         const int g = lane >> 2, q = lane & 3;
         for (int r = 0; r < kRowHalves * 2; ++r)
             static_cast<uint32_t*>(static_cast<Product*>(arguments[lane])->d)[r] = d[g + r / 2 * 8][q * 2 + r % 2];

@@ -142,7 +142,7 @@ static void run_block(Block* block) {
         while (warp.ready != 0) {
             const int lane = pick_lane(block, warp.ready);
             warp.ready &= ~(1u << lane);
-            switch_to_fiber(block, &block->fibers[chosen * 32 + lane]);
+            switch_to_fiber(block, &block->fibers[chosen * kWarp + lane]);
             if (!block->error.empty()) return;
             if (options.seed != 0 && next_random(block) % 8 == 0) break;  // let another warp overtake
         }
@@ -216,13 +216,13 @@ static void begin_block(Block* block, dim3 grid, dim3 size, uint32_t number, siz
             .block_size = size,
             .grid_size = grid,
             .linear = t,
-            .lane = t & 31,
-            .warp = t >> 5,
+            .lane = t % kWarp,
+            .warp = t / kWarp,
             .block = block,
             .fiber = &fiber};
         prepare_fiber(&fiber);
-        block->warps[t >> 5].live |= 1u << (t & 31);
-        block->warps[t >> 5].ready |= 1u << (t & 31);
+        block->warps[t / kWarp].live |= 1u << t % kWarp;
+        block->warps[t / kWarp].ready |= 1u << t % kWarp;
     }
 }
 
@@ -277,7 +277,7 @@ void run_grid(const char* name, dim3 grid, dim3 size, size_t shared_bytes, void 
         Block block;
         block.fibers = worker.fibers.get();
         block.threads = threads;
-        block.warp_count = (threads + 31) / 32;
+        block.warp_count = (threads + kWarp - 1) / kWarp;
         block.shared = worker.shared;
         block.dynamic_offset = kStaticWindow;
         block.shared_bytes = kStaticWindow + shared_bytes;

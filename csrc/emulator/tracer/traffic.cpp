@@ -10,8 +10,8 @@ namespace {
 
 struct Request {
     uint32_t lanes = 0;
-    uint64_t address[32];
-    uint8_t bytes[32];
+    uint64_t address[kWarp];
+    uint8_t bytes[kWarp];
 };
 
 // One instruction in one warp.
@@ -48,7 +48,7 @@ int number_of(const void* where, Kind kind, bool is_shared) {
 }
 
 void count_global(Traffic& total, const Request& request, int count, const int* lanes) {
-    int order[32];
+    int order[kWarp];
     std::copy(lanes, lanes + count, order);
     std::sort(order, order + count, [&](int a, int b) { return request.address[a] < request.address[b]; });
     uint64_t sectors = 0, bytes = 0, next_sector = 0, next_byte = 0;  // counted so far, in ascending order
@@ -66,8 +66,8 @@ void count_global(Traffic& total, const Request& request, int count, const int* 
 // A pass serves 32 lanes of up to 4 bytes, 16 lanes of 8 or 8 lanes of 16; in it a bank gives one word per wavefront,
 // to all who want that word.
 void count_shared(Traffic& total, const Request& request, int width) {
-    const int lanes_of_pass = width <= 4 ? 32 : width <= 8 ? 16 : 8;
-    for (int first = 0; first < 32; first += lanes_of_pass) {
+    const int lanes_of_pass = width <= 4 ? kWarp : width <= 8 ? 16 : 8;
+    for (int first = 0; first < kWarp; first += lanes_of_pass) {
         uint64_t words[32][32];
         int used[32] = {}, worst = 0;
         for (int lane = first; lane < first + lanes_of_pass; ++lane) {
@@ -86,7 +86,7 @@ void count_shared(Traffic& total, const Request& request, int width) {
 }
 
 void count(Traffic& total, const Request& request) {
-    int lanes[32], count = 0, width = 0;
+    int lanes[kWarp], count = 0, width = 0;
     for (uint32_t left = request.lanes; left != 0; left &= left - 1) {
         const int lane = __builtin_ctz(left);
         lanes[count++] = lane;
