@@ -12,6 +12,19 @@
 
 namespace prequant {
 
+// What every device computes with, so that all of them make the same bits.
+constexpr int64_t kStatsTile = 4096;  // weight_stats: weights of a tile; a block's tiles are merged in index order
+constexpr double kEnergyUnits = 0x1p20;  // outlier_counts: energy is counted in units of std^2 / 2^20
+constexpr float kMinScale = 0x1p-126f;  // quantize_activations: the smallest normal float32
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds |x| below 2^22 half to even
+constexpr uint32_t kNanBits = 0x7fc00000;  // of the float32 NaN that a result is where its input has no number
+
+// Of sums of terms that are not negative.
+PREQUANT_HOST_DEVICE constexpr int64_t saturating_add(int64_t a, int64_t b) {
+    const uint64_t sum = static_cast<uint64_t>(a) + static_cast<uint64_t>(b);  // neither is negative: no carry is lost
+    return static_cast<int64_t>(sum > uint64_t{INT64_MAX} ? uint64_t{INT64_MAX} : sum);
+}
+
 enum class Dtype : int { float32, float16, bfloat16 };
 
 struct Matrix {  // (rows, cols) floats

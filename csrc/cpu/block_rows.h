@@ -29,7 +29,7 @@ inline float round_block(const float* values, int64_t count, int16_t* rounded) {
     std::memset(rounded, 0, kBlock * sizeof(int16_t));
     if (magnitude == 0) return 0;
     // The row's results are NaN, and gradient scalers see it.
-    if (magnitude >= 0x7f800000u) return float_of(0x7fc00000);
+    if (magnitude >= 0x7f800000u) return float_of(kNanBits);
     const float largest = float_of(magnitude);
     if (largest < 0x1p-100f) {  // the inverse would not fit float32
         const double inverse = kBlockTop / static_cast<double>(largest);

@@ -34,10 +34,7 @@ inline void parallel_for(int64_t tasks, int64_t task_cost, const Body& body) {
 
 // Half to even, for |x| below 2^22: the addition leaves no bits behind the point. Vectorizes on every CPU, unlike
 // rintf.
-inline float round_even(float x) {
-    constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
-    return (x + kMagic) - kMagic;
-}
+inline float round_even(float x) { return (x + kRounder) - kRounder; }
 
 constexpr int64_t kSpan = 2048;  // columns of a row that a kernel takes at a time, as a task's scratch holds them
 

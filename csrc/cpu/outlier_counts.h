@@ -10,13 +10,6 @@
 
 namespace prequant::PREQUANT_LEVEL {
 
-constexpr double kEnergyUnits = 0x1p20;  // energy is counted in units of std^2 / 2^20
-
-inline int64_t saturating_add(int64_t a, int64_t b) {
-    int64_t sum;
-    return __builtin_add_overflow(a, b, &sum) ? INT64_MAX : sum;
-}
-
 // Not memset, which no null pointer may be given to: an empty matrix has one.
 inline void clear(int64_t* values, int64_t count) {
     for (int64_t i = 0; i < count; ++i) values[i] = 0;

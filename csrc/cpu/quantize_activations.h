@@ -13,7 +13,6 @@
 namespace prequant::PREQUANT_LEVEL {
 
 constexpr int64_t kActivationSpan = 4096;
-constexpr float kMinScale = 0x1p-126f;  // the smallest normal float32
 
 struct Range {
     float low = 0, high = 0;  // of the values and 0
@@ -52,7 +51,7 @@ struct Coding {
 };
 
 inline Coding coding_of(const Range& range) {
-    if (!range.is_finite) return {float_of(0x7fc00000), 0, 0, false};
+    if (!range.is_finite) return {float_of(kNanBits), 0, 0, false};
     const float scale = range.high / 256 - range.low / 256;
     if (scale < kMinScale) return {1, 0, 0, true};
     const float inverse = 1 / scale;

@@ -13,7 +13,6 @@
 
 namespace prequant::PREQUANT_LEVEL {
 
-constexpr int64_t kStatsTile = 4096;
 constexpr int kStatsLanes = 32;
 
 struct TileStats {

@@ -83,11 +83,11 @@ constexpr int kUnit = 8;  // bytes of a tile that are never parted
 
 // 2^23 + code is a float with the code in its lowest bits: no conversion, and both differences are exact.
 template <typename T, int kCodes>
-__device__ inline Vector<T, kCodes> dequantized(Vector<uint8_t, kCodes> codes, float magic_zero, float scale) {
+__device__ inline Vector<T, kCodes> dequantized(Vector<uint8_t, kCodes> codes, float biased_zero, float scale) {
     Vector<T, kCodes> values;
 #pragma unroll
     for (int j = 0; j < kCodes; ++j)
-        values.at[j] = from_float<T>((__uint_as_float(0x4b000000 | codes.at[j]) - magic_zero) * scale);
+        values.at[j] = from_float<T>((__uint_as_float(kCodeBiasBits | codes.at[j]) - biased_zero) * scale);
     return values;
 }
 
@@ -139,11 +139,11 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
                 const int row = top + lane / kAcross;
                 const int64_t n = strip * kRows + row, block = n * row_blocks + group;
                 if (n < row_begin || n >= end) continue;
-                const float magic_zero = 8388608.0f + static_cast<float>(weight.zero_point[block]),
+                const float biased_zero = kCodeBias + static_cast<float>(weight.zero_point[block]),
                             scale = weight.scale[block];
                 const auto codes = load<Vector<uint8_t, kCodes>>(tile[row][vector * kCodes / kUnit ^ row % 8].at +
                                                                  vector * kCodes % kUnit);
-                store(to + (n - row_begin) * row_vectors + across, dequantized<T, kCodes>(codes, magic_zero, scale));
+                store(to + (n - row_begin) * row_vectors + across, dequantized<T, kCodes>(codes, biased_zero, scale));
             }
         }
     }

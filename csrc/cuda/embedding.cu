@@ -26,7 +26,7 @@ __global__ void embedding_kernel(const int64_t* __restrict__ ids, const uint8_t*
     if (i >= count) return;
     const int64_t id = ids[i], block = per_row ? id : 0;
     const bool is_known = 0 <= id && id < table_rows;
-    const float step = is_known ? scale[block] : __uint_as_float(0x7fc00000);  // NaN
+    const float step = is_known ? scale[block] : __uint_as_float(kNanBits);
     const int zero = is_known ? zero_point[block] : 0;
     const Codes* from = reinterpret_cast<const Codes*>(codes) + (is_known ? id : 0) * row_vectors;
     Values* to = reinterpret_cast<Values*>(rows) + i * row_vectors;

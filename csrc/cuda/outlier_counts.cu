@@ -24,17 +24,11 @@ namespace {
 constexpr int kWarpsPerBlock = 4;
 // Leaves a thread 128 registers; without it ptxas spills to fit more warps than the loads need.
 constexpr int kBlocksPerSm = 4;
-constexpr double kEnergyUnits = 0x1p20;  // energy is counted in units of std^2 / 2^20
 
 struct Tallies {  // of `length` columns or rows, one such list for each part of the matrix
     int* counts;
     int64_t* energy;
 };
-
-__device__ __forceinline__ int64_t saturating_add(int64_t a, int64_t b) {
-    const uint64_t sum = static_cast<uint64_t>(a) + static_cast<uint64_t>(b);  // neither is negative: no carry is lost
-    return static_cast<int64_t>(sum > uint64_t(INT64_MAX) ? uint64_t(INT64_MAX) : sum);
-}
 
 __device__ __forceinline__ int64_t energy_of(double deviation, double limit, double sigma) {
     const double excess = __ddiv_rn(__dsub_rn(deviation, limit), sigma),

@@ -40,9 +40,8 @@ PREQUANT_HOST_DEVICE inline float value_at(const Source& x, int64_t m, int64_t k
 
 // Byte i of a word of codes as kCodeBias + code, exactly: one byte permutation instead of a conversion, which runs at a
 // quarter of the rate.
-constexpr float kCodeBias = 8388608;  // 2^23: the lowest bits of such a float are an integer
 __device__ inline float biased_code(uint32_t word, int i) {
-    return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u | static_cast<uint32_t>(i)));
+    return __uint_as_float(__byte_perm(word, kCodeBiasBits, 0x7440u | static_cast<uint32_t>(i)));
 }
 
 // side (M, r) float32 = x values^T for outliers of axis 0. Sums in float32, in a fixed order.

@@ -122,6 +122,10 @@ PREQUANT_ALWAYS_INLINE void store(void* address, const T& value) {
 constexpr int kVectorBytes = 16;  // the widest access of one thread
 constexpr int kQuad = 4;          // neighbouring numbers of a row that a thread takes together
 
+// 2^23: the lowest bits of such a float are an integer, so that kCodeBiasBits | code is kCodeBias + code, exactly.
+constexpr float kCodeBias = 8388608;
+constexpr uint32_t kCodeBiasBits = 0x4b000000;
+
 inline bool is_aligned(const void* address, int64_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
 
 template <typename T>

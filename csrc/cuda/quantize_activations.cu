@@ -28,7 +28,6 @@ namespace {
 constexpr int kBlockThreads = 256, kMaxWarps = 16;
 // Of a row, in the registers of one thread: 4 vectors, or 16 values.
 constexpr int kThreadBytes = 64, kThreadSingles = 16;
-constexpr float kMinScale = 0x1p-126f;
 
 constexpr int block_threads(int row_threads) { return row_threads == kWarp ? kBlockThreads : row_threads; }
 
@@ -83,7 +82,7 @@ __device__ inline Coding stored_coding(float scale, int zero_point) {
 }
 
 __device__ inline Coding coding_of(const Range& range) {
-    if (!(range.poison == 0)) return stored_coding(__uint_as_float(0x7fc00000), 0);
+    if (!(range.poison == 0)) return stored_coding(__uint_as_float(kNanBits), 0);
     const float scale = __fsub_rn(__fmul_rn(range.high, 0x1p-8f), __fmul_rn(range.low, 0x1p-8f));
     if (scale < kMinScale) return stored_coding(1, 0);  // every value is below 2^-117, so that all codes are 0
     const float zero_point = rintf(__fmul_rn(-range.low, __frcp_rn(scale)));
@@ -136,10 +135,9 @@ struct Tile {
     }
 };
 
-// |x * inverse| is at most 256: adding 1.5 * 2^23 rounds it half to even and leaves the integer in the lowest bits.
+// |x * inverse| is at most 256: adding kRounder rounds it half to even and leaves the integer in the lowest bits.
 __device__ inline int code_of(float x, const Coding& coding) {
-    constexpr float kMagic = 12582912.0f;
-    const int rounded = __float_as_int(__fadd_rn(__fmul_rn(x, coding.inverse), kMagic)) - __float_as_int(kMagic);
+    const int rounded = __float_as_int(__fadd_rn(__fmul_rn(x, coding.inverse), kRounder)) - __float_as_int(kRounder);
     return min(max(rounded + coding.zero_point, 0), 255);
 }
 

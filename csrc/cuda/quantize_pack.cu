@@ -41,10 +41,8 @@ struct Blocks {  // scale and zero point, as Weight has them
 // Half to even by an addition that leaves no bits behind the point; the sum's low bits are the integer. Clipped first:
 // far beyond every code, within reach of the addition. NaN becomes the top code, as on the CPU.
 __device__ __forceinline__ int code_of(float weight, float scale, int zero_point, int top) {
-    constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
-    constexpr int kMagicBits = 0x4b400000;
     const float ratio = fmaxf(fminf(__fdiv_rn(weight, scale), 1024.0f), -1024.0f);
-    const int code = __float_as_int(__fadd_rn(ratio, kMagic)) - kMagicBits + zero_point;
+    const int code = __float_as_int(__fadd_rn(ratio, kRounder)) - __float_as_int(kRounder) + zero_point;
     return min(max(code, 0), top);
 }
 

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kSimtWarps* kWarp, 2)
                     const uint32_t code =
                         codes.words[i / kCodesPerWord] >> (i % kCodesPerWord * kContainer) & ((1u << kContainer) - 1);
                     // kCodeBias + code: both this and the difference are exact.
-                    weights[s][nn] = __uint_as_float(0x4b000000u | code) - zero[nn];
+                    weights[s][nn] = __uint_as_float(kCodeBiasBits | code) - zero[nn];
                     if constexpr (kIsGrouped) weights[s][nn] *= scale[nn];
                 }
 #pragma unroll

@@ -27,8 +27,6 @@ namespace prequant::cuda {
 
 namespace {
 
-constexpr int64_t kStatsTile = 4096;
-
 struct TileStats {
     double mean, squares;  // squares: sum of (w - mean)^2
     float minimum, maximum;

@@ -174,15 +174,13 @@ __device__ __forceinline__ Registers registers_of(const TileCodes<kContainer>& t
             out.at[p + 1] = multiply_add_pairs<T>(masked_or(word, 0x00f000f0u, 0x64006400u), kSixteenth, zero.of[1]);
         }
     } else if constexpr (kContainer == 8) {
-        constexpr float kBias = 8388608;  // 2^23, whose lowest bits count ones
-        constexpr uint32_t kBiasBits = 0x4b000000u;
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
             const uint32_t word = tile.words[p / 2], pair = zero.of[p % 2];
-            const float low =
-                __uint_as_float(prmt(word, kBiasBits, 0x7550 | p % 2)) - (kBias + static_cast<float>(pair & 0xffff));
-            const float high =
-                __uint_as_float(prmt(word, kBiasBits, 0x7552 | p % 2)) - (kBias + static_cast<float>(pair >> 16));
+            const float low = __uint_as_float(prmt(word, kCodeBiasBits, 0x7550 | p % 2)) -
+                              (kCodeBias + static_cast<float>(pair & 0xffff));
+            const float high = __uint_as_float(prmt(word, kCodeBiasBits, 0x7552 | p % 2)) -
+                               (kCodeBias + static_cast<float>(pair >> 16));
             out.at[p] = pair_of<T>(low, high);
         }
     } else {
