@@ -1,5 +1,5 @@
 // What unpacking codes for the integer product costs, as words.cu for the 16-bit floats.
-#include "../../csrc/cuda/integer_operands.cuh"
+#include "../../../csrc/cuda/integer_operands.cuh"
 
 namespace prequant::cuda {
 

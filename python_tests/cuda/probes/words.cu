@@ -1,6 +1,6 @@
 // What the dequantization of words.cuh costs: kernels that do nothing else. test_cuda_gate.py compares the SASS of 8
 // with that of 4 lanes' codes, so that constants and addresses, which a loop computes once, do not count.
-#include "../../csrc/cuda/words.cuh"
+#include "../../../csrc/cuda/words.cuh"
 
 namespace prequant::cuda {
 
