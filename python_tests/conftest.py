@@ -26,26 +26,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def use_cpu_variant() -> None:
-    """PREQUANT_CPU_VARIANT makes a library of cpu_variants.py the CPU's operators, in place of the installed one;
-    "emulated": the CUDA kernels.
-    """
-    variant = os.environ.get("PREQUANT_CPU_VARIANT")
-    if not variant:
-        return
-    from prequant_ext import ops
-    from support import cpu_variants, emulated
-
-    if variant == "emulated":
-        emulated.load()
-        ops.calls.library = getattr(torch.ops, emulated.LIBRARIES["fast"])
-    else:
-        cpu_variants.load(variant)
-        ops.calls.library = getattr(torch.ops, cpu_variants.library(variant))
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    use_cpu_variant()
+    if os.environ.get("PREQUANT_CPU_VARIANT"):
+        from support import cpu_variants
+
+        cpu_variants.use(os.environ["PREQUANT_CPU_VARIANT"])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -104,11 +89,16 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
         monkeypatch.setattr(ops.calls, "library", request.getfixturevalue("emulated_library"))
         return "cpu"
-    if request.param == "cuda":
-        gap = _cuda_gap(request.path)
-        if gap:
-            pytest.skip(f"cuda: {gap}")
-    return request.param
+    return request.getfixturevalue("gpu") if request.param == "cuda" else "cpu"
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest) -> str:
+    """The GPU; skips the test where it cannot run there."""
+    gap = _cuda_gap(request.path)
+    if gap:
+        pytest.skip(f"cuda: {gap}")
+    return "cuda"
 
 
 @pytest.fixture(scope="session")

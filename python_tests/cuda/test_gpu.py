@@ -105,17 +105,6 @@ def test_two_runs_give_the_same_bits(operator, layer, device):
 # ---- a GPU alone -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def gpu(request: pytest.FixtureRequest) -> str:
-    """The GPU, or a skip that the device fixture would give."""
-    from conftest import _cuda_gap
-
-    gap = _cuda_gap(request.path)
-    if gap:
-        pytest.skip(f"cuda: {gap}")
-    return "cuda"
-
-
 @pytest.mark.cuda
 @each_layer
 @each_operator

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from support import ROOT, native_libraries
+from support import ROOT, emulated, native_libraries
 from support.native_libraries import CSRC
 
 FOLDER = ROOT / "build" / "cpu_variants"
@@ -136,6 +136,19 @@ def load(variant: str) -> None:
 
     torch.ops.load_library(str(build(variant)))
     ops.register(library(variant))
+
+
+def use(variant: str) -> None:
+    """Make it the CPU's operators of this process, in place of the installed library; "emulated": the CUDA kernels."""
+    from prequant_ext import ops
+
+    if variant == "emulated":
+        emulated.load()
+        name = emulated.LIBRARIES["fast"]
+    else:
+        load(variant)
+        name = library(variant)
+    ops.calls.library = getattr(torch.ops, name)
 
 
 def environment(variant: str) -> dict[str, str]:

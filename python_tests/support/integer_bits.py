@@ -9,6 +9,7 @@ order of their sums.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from prequant_ext import ops, reference
+from support import cpu_variants
 from support.operands import F16, F32, LAYERS, Layer, random_matrix, random_weight
 
 CASES = {
@@ -101,7 +103,6 @@ def digests() -> Iterator[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    import conftest
-
-    conftest.use_cpu_variant()
+    if os.environ.get("PREQUANT_CPU_VARIANT"):
+        cpu_variants.use(os.environ["PREQUANT_CPU_VARIANT"])
     print(json.dumps({"level": ops.calls.library.build_info(), **dict(digests())}))
