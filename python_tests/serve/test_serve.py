@@ -21,32 +21,9 @@ from support.serving import (
     expected,
     query,
     running,
-    save_base,
-    save_spare_tasks,
-    save_tasks,
     until,
     values_of,
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("serve")
-
-
-@pytest.fixture(scope="module")
-def base(folder):
-    return save_base(folder)
-
-
-@pytest.fixture(scope="module")
-def files(folder, base):
-    return save_tasks(base, folder / "tasks")
-
-
-@pytest.fixture(scope="module")
-def spare(folder, base, files):
-    return save_spare_tasks(base, files, folder)
 
 
 @pytest.fixture(scope="module")

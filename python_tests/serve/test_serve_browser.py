@@ -14,7 +14,7 @@ from prequant_ext.serve.app import create_app
 from prequant_ext.serve.backbone import load
 from prequant_ext.serve.settings import Settings
 from support import ROOT
-from support.serving import OTHER, TASKS, TEXT, query, running, save_base, save_random_task
+from support.serving import OTHER, TASKS, TEXT, query, running, save_random_task
 
 BROWSER = ROOT / "python_tests" / "support" / "browser.py"
 FIRST = "document.querySelector('#answers > li')"
@@ -50,9 +50,8 @@ def browse(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("serve")
-    base = save_base(folder)
+def client(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scored")
     files = [
         save_random_task(base, folder / f"{name}.task", name, labels, seed, score=0.875)
         for seed, (name, labels) in enumerate(TASKS.items())

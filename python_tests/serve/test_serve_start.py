@@ -30,41 +30,19 @@ from support.serving import (
     query,
     save_base,
     save_random_task,
-    save_spare_tasks,
-    save_tasks,
     subprocess_server,
     until,
     values_of,
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("serve")
-
-
-@pytest.fixture(scope="module")
-def base(folder):
-    return save_base(folder)
-
-
-@pytest.fixture(scope="module")
-def files(folder, base):
-    return save_tasks(base, folder / "tasks")
-
-
-@pytest.fixture(scope="module")
-def spare(folder, base, files):
-    return save_spare_tasks(base, files, folder)
-
-
-def test_a_finished_classifier_serves_tasks_of_more_labels(base, files, folder):
+def test_a_finished_classifier_serves_tasks_of_more_labels(base, files, tmp_path):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, dtype=torch.float32)
-    model.save_pretrained(folder / "classifier")
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder / "classifier")
-    found = load(str(folder / "classifier"), [files["mnli"]], Settings())
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path)
+    found = load(str(tmp_path), [files["mnli"]], Settings())
     answer = found.answer([Query(**query("mnli"))])[0]
     torch.testing.assert_close(values_of(answer), expected(base, files["mnli"], "mnli"), atol=2e-4, rtol=1e-4)
 
@@ -210,14 +188,14 @@ async def several(url, bodies):
 
 
 @pytest.mark.slow
-def test_no_request_is_lost_while_tasks_change_and_the_server_stops(base, files, spare, folder):
+def test_no_request_is_lost_while_tasks_change_and_the_server_stops(base, files, spare, folder, tmp_path):
     start = {"swap": "sst2", "gone": "topics"}
     for name, source in start.items():
-        save_random_task(base, folder / f"{name}.task", name, TASKS[source], list(TASKS).index(source))
+        save_random_task(base, tmp_path / f"{name}.task", name, TASKS[source], list(TASKS).index(source))
     wanted = {name: expected(base, files[name], name) for name in ("stsb", "topics", "sst2")}
     versions = {files["sst2"]: wanted["sst2"], spare["second"]: expected(base, spare["second"], "sst2")}
     assert not torch.allclose(*versions.values(), atol=1e-2)
-    tasks = [files["stsb"], files["topics"], folder / "swap.task", folder / "gone.task"]
+    tasks = [files["stsb"], files["topics"], tmp_path / "swap.task", tmp_path / "gone.task"]
     # A wait longer than the clients have patience: batches go when they are full, or when a change comes after them.
     limits = ("--max-batch", CLIENTS, "--max-wait", 100_000, "--task-dir", folder / "tasks")
     with subprocess_server(base, "--tasks", *tasks, *limits) as (process, url):
