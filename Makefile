@@ -83,7 +83,7 @@ gate: $(VENV)/.built
 	@$(BIN)/python -m pytest -q -m gate $(PYTEST)
 
 budgets: $(VENV)/.built
-	@PYTHONPATH=python_tests $(BIN)/python -m tools.cubins --budgets
+	@PYTHONPATH=python_tests $(BIN)/python -m tools.budgets
 
 gpu-model: $(VENV)/.built
 	@$(BIN)/python bench/gpu_model.py $(MODEL)

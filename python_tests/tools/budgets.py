@@ -2,10 +2,14 @@
 for.
 
 The entry of a kernel is the longest pattern that its name matches, dequantize_kernel<float, *> before
-dequantize_kernel. `make budgets` rewrites the measured lines and adds an entry for a kernel that has none; threads and
-dynamic_shared, which only the launcher knows, are kept.
+dequantize_kernel.
+
+    PYTHONPATH=python_tests python -m tools.budgets    or `make budgets`: rewrite the measured lines, and add an entry
+                                                       for a kernel that has none; threads and dynamic_shared, which
+                                                       only the launcher knows, are kept
 """
 
+import argparse
 import fnmatch
 from collections import defaultdict
 from dataclasses import dataclass
@@ -17,7 +21,7 @@ except ModuleNotFoundError:  # Python 3.10: pytest brings its forerunner
     import tomli as tomllib
 
 from support import ROOT
-from tools.cubins import ARCHITECTURES, Cubin, Kernel
+from tools.cubins import ARCHITECTURES, Cubin, Kernel, MissingToolError, collect
 
 PATH = ROOT / "csrc" / "cuda" / "budgets.toml"
 HEAD = """\
@@ -148,3 +152,15 @@ def write_budgets(cubins: list[Cubin], path: Path = PATH) -> None:
         text.append(f"blocks = {blocks}\n")
     path.write_text("\n".join(text))
     print(f"{path.relative_to(ROOT)}: {len(measured)} entries")
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    try:
+        write_budgets(collect())
+    except (MissingToolError, RuntimeError) as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -4,10 +4,7 @@ The cubins of the built library are taken as they are in it. An architecture tha
 older than the sources, costs compiling: under build/gate, and again only when the source, a header of ours that it
 includes, or the command changes; one process at a time.
 
-    PYTHONPATH=python_tests python -m tools.cubins              get them all, and say where they come from and what it
-                                                                took
-    PYTHONPATH=python_tests python -m tools.cubins --budgets    and rewrite csrc/cuda/budgets.toml from what was
-                                                                measured
+    PYTHONPATH=python_tests python -m tools.cubins    get them all, and say where they come from and what it took
 """
 
 import argparse
@@ -384,25 +381,25 @@ def read_sass(text: str) -> dict[str, Code]:
     return kernels
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budgets", action="store_true", help="rewrite csrc/cuda/budgets.toml")
-    arguments = parser.parse_args()
+def collect() -> list[Cubin]:
+    """All of them; prints where they come from and what it took."""
     start = time.monotonic()
-    try:
-        of_library, cubins = library_cubins(), all_cubins()
-    except (MissingToolError, RuntimeError) as error:
-        raise SystemExit(str(error)) from None
+    of_library, cubins = library_cubins(), all_cubins()
     kernels = sum(len(cubin.kernels) for cubin in cubins)
     print(
         f"{len(SOURCES)} files for {len(ARCHITECTURES)} architectures: {len(cubins)} cubins with {kernels} kernels in "
         f"{time.monotonic() - start:.0f} s, "
         f"{len(of_library)} of them of the built library"
     )
-    if arguments.budgets:
-        from tools.budgets import write_budgets
+    return cubins
 
-        write_budgets(cubins)
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    try:
+        collect()
+    except (MissingToolError, RuntimeError) as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":
