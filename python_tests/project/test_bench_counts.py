@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 import counts
 from support import ROOT
+from support.scripts import run_script
 
 BENCH = ROOT / "bench"
 
@@ -59,7 +58,7 @@ def test_missing_tool_is_named(monkeypatch):
 
 
 def test_help_has_an_example():
-    shown = subprocess.run([sys.executable, str(BENCH / "counts.py"), "--help"], capture_output=True, text=True)
+    shown = run_script(BENCH / "counts.py", "--help")
     assert shown.returncode == 0 and "python bench/counts.py --levels portable" in shown.stdout
 
 

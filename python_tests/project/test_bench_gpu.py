@@ -1,13 +1,11 @@
 """bench/gpu.py as far as it goes without a GPU: its operands, its table, and what it says where there is none."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import gpu
 from support import ROOT
+from support.scripts import run_script
 
 BENCH = ROOT / "bench"
 
@@ -45,6 +43,6 @@ def test_table_has_a_row_a_shape_and_marks_what_is_no_graph():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("script", ["gpu.py", "gpu_at_hand.py"])
 def test_without_a_gpu_it_fails_and_names_the_remedy(script):
-    done = subprocess.run([sys.executable, str(BENCH / script)], capture_output=True, text=True)
+    done = run_script(BENCH / script)
     assert done.returncode == 1
     assert "no NVIDIA GPU" in done.stderr and "Remedy" in done.stderr

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from prequant_ext.perplexity import perplexity
 from prequant_ext.task import load_task
 from support import ROOT
+from support.scripts import run_script
 from support.toys import make_toy
 
 EXAMPLES = ROOT / "examples"
@@ -19,9 +20,7 @@ EXAMPLES = ROOT / "examples"
 
 def run(script, *arguments, expect=0):
     """Standard output of ``python examples/SCRIPT ARGUMENTS``; where it is expected to fail, standard error."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, EXAMPLES / script, *(str(argument) for argument in arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = run_script(EXAMPLES / script, *arguments)
     assert done.returncode == expect, done.stderr
     return done.stderr if expect else done.stdout
 
@@ -73,7 +72,8 @@ def test_causal_lm_takes_a_model_and_files(tmp_path):
     assert f"\nfloat       {perplexity(make_toy('llama'), tokens, max_length=16):>10.3f}\n8 bits " in printed
     assert (tmp_path / "out" / "text.task").exists()
     too_large = ("--block-size", 512, "--out", tmp_path / "other")
-    assert "exceeds the 40 positions" in run("causal_lm.py", *files, *too_large, expect=1)
+    with pytest.raises(ValueError, match="exceeds the 40 positions"):
+        run("causal_lm.py", *files, *too_large)
 
 
 def test_causal_lm_says_what_is_missing(tmp_path):
@@ -82,7 +82,12 @@ def test_causal_lm_says_what_is_missing(tmp_path):
 
 @pytest.mark.slow
 def test_quickstart(tmp_path):
-    printed = run("quickstart.py", "--toy", "--out", tmp_path)
+    """In a process of its own, as a reader starts it."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--toy", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout
     accuracy, size = re.search(
         r"accuracy ([\d.]+) on 128 rows; .*task\.task has ([\d,]+) bytes; on a fresh base: the same answers", printed
     ).groups()

@@ -3,14 +3,13 @@ test_cuda_traffic.py.
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 import gpu_launches
 import gpu_model
 from support import ROOT
+from support.scripts import run_script
 from tools.cubins import Kernel
 
 BENCH = ROOT / "bench"
@@ -75,7 +74,7 @@ def test_targets_have_a_figure_for_every_gpu(gpu):
 
 
 def run(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, str(BENCH / "gpu_model.py"), *arguments], capture_output=True, text=True)
+    done = run_script(BENCH / "gpu_model.py", *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
