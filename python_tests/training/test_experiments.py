@@ -10,7 +10,7 @@ import pytest
 from prequant_ext import html_page
 from prequant_ext.baselines import METHODS
 from prequant_ext.config import PreQuantConfig
-from prequant_ext.glue import metrics
+from prequant_ext.glue import metrics, train
 from prequant_ext.glue.run import LEARNING_RATES, FinishedRun, RunResult, RunSettings
 from prequant_ext.linear import PreQuantLinear
 from prequant_ext.study import error_map, page, runner, tables
@@ -456,15 +456,34 @@ def test_two_processes_train_one_run(tmp_path):
     found = runner.perform(replace(wanted, model=float_model), 1, processes=2)
     predictions, labels = (metrics.unpack(text, is_regression=False) for text in (found.predictions, found.labels))
     assert len(labels) == 128 and (predictions == labels).mean() == found.score and found.n_train == 256
-    with pytest.raises(RuntimeError, match="batch_size must be a multiple of the 2 processes, got 31"):
-        runner.perform(replace(wanted, model=float_model, batch_size=31), 1, processes=2)
+
+
+def test_a_batch_that_the_processes_do_not_divide_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
+    chosen = RunSettings(
+        save_float_model(tmp_path / "float"), "sst2", data="synthetic", batch_size=31, quantization={}
+    )
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the 2 processes, got 31"):
+        train.fine_tune(chosen)
+
+
+@pytest.mark.slow
+def test_what_a_process_dies_of_is_told():
+    with pytest.raises(RuntimeError, match=r"^exit code 1:\n(?s:.*)no/such/model"):
+        runner.perform(RunSettings("no/such/model", "sst2", data="synthetic"), 1)
+
+
+def perform_here(settings, threads, processes=1):
+    """What the worker's process does, in this one."""
+    return RunResult.from_json(train.fine_tune(settings)[2].to_json())
 
 
 @pytest.mark.slow
 def test_the_command_trains_and_prints_its_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "perform", perform_here)
     float_model = save_float_model(tmp_path / "float")
     arguments = ["experiment", "table3", "--quick", "--model", float_model, "--data", "synthetic", "--epochs", "1"]
-    arguments += ["--max-train", "64", "-j", "2", "-o", str(tmp_path / "runs")]
+    arguments += ["--max-train", "64", "-j", "1", "-o", str(tmp_path / "runs")]
     listed = invoke(*arguments, "--list")
     assert listed.exit_code == 0, listed.output
     assert listed.stdout.count("sst2 prequant") == 4 and not (tmp_path / "runs").exists()
