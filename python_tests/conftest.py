@@ -9,6 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the hub
+# OpenMP's threads sleep while they wait: spinning, they would take the cores from the tests next to them, three times
+# what the tests of an operator need. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
