@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import gpu_launches
-from prequant_ext import reference
+from prequant_ext import ops, reference
 from support import emulated
+from support.every_operator import LAYERS, calls
 from tools.budgets import blocks_per_multiprocessor, read_budgets
 from tools.tracing import Trace, aligned, trace
 
@@ -157,17 +158,13 @@ def test_budgets_state_what_is_launched(traced_library, monkeypatch):
     """threads and dynamic_shared of csrc/cuda/budgets.toml, on which its occupancy rests, hold every launch of every
     operator.
     """
-    import test_gpu
-
-    from prequant_ext import ops
-
     monkeypatch.setattr(ops.calls, "library", torch.ops.prequant_traced)
     budgets = read_budgets()
     launched = set()
-    for layer in test_gpu.LAYERS.values():
+    for layer in LAYERS.values():
         if layer.M > 100:
             continue
-        for call, operand in test_gpu.calls(layer, "cpu").values():
+        for call, operand in calls(layer, "cpu").values():
             traced_library.trace_start()
             call(operand)
             traced_library.trace_stop()

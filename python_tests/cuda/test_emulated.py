@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_gpu import LAYERS, calls, each_operator
 from torch import Tensor
 
 from prequant_ext import ops
 from support import ROOT, emulated
+from support.every_operator import LAYERS, OPERATORS, calls
 from support.operands import assert_identical
 from tools.tracing import aligned, trace
 
 SMALL = {name: layer for name, layer in LAYERS.items() if layer.M < 100}
+each_operator = pytest.mark.parametrize("operator", OPERATORS)
 each_layer = pytest.mark.parametrize("layer", SMALL.values(), ids=SMALL.keys())
 
 

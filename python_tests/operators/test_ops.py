@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from test_gpu import assert_same_bits, calls, results
 
 from prequant_ext import ops, reference
 from support import ROOT
+from support.every_operator import assert_same_bits, calls, results
 from support.operands import LAYERS, Layer, random_matrix, random_outliers, random_weight
 
 LAYER = LAYERS["groups of 32"]
