@@ -460,9 +460,7 @@ def test_two_processes_train_one_run(tmp_path):
 
 def test_a_batch_that_the_processes_do_not_divide_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
-    chosen = RunSettings(
-        save_float_model(tmp_path / "float"), "sst2", data="synthetic", batch_size=31, quantization={}
-    )
+    chosen = RunSettings(save_float_model(tmp_path / "float"), "sst2", data="synthetic", batch_size=31, quantization={})
     with pytest.raises(ValueError, match="batch_size must be a multiple of the 2 processes, got 31"):
         train.fine_tune(chosen)
 
