@@ -24,7 +24,7 @@ from prequant_ext.blocks import Block, block_holding, blocks_of
 from prequant_ext.config import PreQuantConfig
 from prequant_ext.families import Family
 from prequant_ext.model import plan, progress
-from prequant_ext.outliers import row_chunks
+from prequant_ext.outliers import row_bands
 from prequant_ext.quantize import quantize_matrix
 from prequant_ext.reference import row_bytes
 from prequant_ext.report import table
@@ -120,7 +120,7 @@ def _weight(module: Any, is_transposed: bool, name: str) -> Tensor:
 
 
 def _squared_norm(weight: Tensor) -> float:
-    return sum(weight[begin:end].double().square().sum().item() for begin, end in row_chunks(*weight.shape))
+    return sum(weight[begin:end].double().square().sum().item() for begin, end in row_bands(*weight.shape))
 
 
 def _code_bytes(shape: tuple[int, int], bits: int) -> int:

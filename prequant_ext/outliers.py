@@ -16,7 +16,7 @@ from torch import Tensor
 from prequant_ext import ops
 from prequant_ext.config import OutlierThreshold, PreQuantConfig
 
-CHUNK = 2**18  # elements that are held in float64 at a time
+BAND = 2**18  # elements that are held in float64 at a time
 
 DIMENSIONS = {"input": "input columns", "output": "output rows"}
 AXES = {"input": 1, "output": 0}
@@ -75,27 +75,27 @@ def ordered_sum(values: Tensor) -> Tensor:
     return values[0]
 
 
-def row_chunks(N: int, K: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of about CHUNK elements: float64 temporaries of a whole matrix would double the peak memory."""
-    rows = max(1, CHUNK // max(K, 1))
+def row_bands(N: int, K: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of about BAND elements: float64 temporaries of a whole matrix would double the peak memory."""
+    rows = max(1, BAND // max(K, 1))
     return ((begin, min(begin + rows, N)) for begin in range(0, N, rows))
 
 
 def dequantized_rows(
     weight_packed: Tensor, scale: Tensor, zero_point: Tensor, K: int, bits: int
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """(first row, end, float32 values) of codes, chunk by chunk."""
-    for begin, end in row_chunks(len(weight_packed), K):
+    """(first row, end, float32 values) of codes, band by band."""
+    for begin, end in row_bands(len(weight_packed), K):
         yield begin, end, ops.dequantize(weight_packed, scale, zero_point, K, bits, torch.float32, begin, end)
 
 
-def _sum_by_dimension(chunks: Iterable[Tensor], axis: str) -> Tensor:
-    """Sums of a matrix given as float64 row chunks along each column (input) or each row (output)."""
+def _sum_by_dimension(bands: Iterable[Tensor], axis: str) -> Tensor:
+    """Sums of a matrix given as float64 row bands along each column (input) or each row (output)."""
     if axis == "output":
-        return torch.cat([ordered_sum(chunk.T.contiguous()) for chunk in chunks])
+        return torch.cat([ordered_sum(band.T.contiguous()) for band in bands])
     total = None
-    for chunk in chunks:
-        columns = ordered_sum(chunk)
+    for band in bands:
+        columns = ordered_sum(band)
         total = columns.clone() if total is None else total + columns
     assert total is not None  # a matrix has rows
     return total
@@ -139,10 +139,10 @@ def _by_movement(matrix: Matrix, config: PreQuantConfig) -> Tensor:
             f"{matrix.name}: tuned must have the weight's shape {tuple(weight.shape)}, got {tuple(tuned.shape)}"
         )
     tuned = tuned.detach().to(weight.device)
-    chunks = (
-        (tuned[begin:end].double() - weight[begin:end].double()).abs() for begin, end in row_chunks(*weight.shape)
+    bands = (
+        (tuned[begin:end].double() - weight[begin:end].double()).abs() for begin, end in row_bands(*weight.shape)
     )
-    movement = _sum_by_dimension(chunks, matrix.axis)
+    movement = _sum_by_dimension(bands, matrix.axis)
     if not movement.isfinite().all():
         raise ValueError(f"{matrix.name}: tuned must be finite, but it holds NaN or Inf")
     return _largest(movement, config.r)

@@ -23,7 +23,7 @@ from prequant_ext.outliers import (
     check_r,
     dequantized_rows,
     ordered_sum,
-    row_chunks,
+    row_bands,
     select_outliers,
     threshold_sigmas,
 )
@@ -110,7 +110,7 @@ def _histogram(weight: Tensor, mean: float, std: float) -> _Histogram:
         # filled in place: small pieces would fragment the heap
         tail = torch.empty(weight.numel() // 256 + 1, dtype=torch.float64, device=weight.device)
         filled = 0
-        for begin, end in row_chunks(*weight.shape):
+        for begin, end in row_bands(*weight.shape):
             values = weight[begin:end].double().flatten()
             position = (values - mean) / (BIN_SIGMAS * std)
             is_inside = position.abs() < 1

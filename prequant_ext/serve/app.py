@@ -121,8 +121,8 @@ async def put_task(name: str, request: Request, serving: Shared) -> JSONResponse
         with tempfile.TemporaryDirectory(prefix="prequant-upload-") as scratch:
             path = Path(scratch) / "upload"
             with path.open("wb") as file:
-                async for chunk in request.stream():
-                    file.write(chunk)
+                async for part in request.stream():
+                    file.write(part)
             found = await _read(serving.backbone, path, name, "the uploaded file")
     else:
         raise HTTPException(

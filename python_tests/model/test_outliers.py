@@ -227,7 +227,7 @@ def test_ordered_sum_is_a_sum(length):
 
 
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (1000, 700), (3, 2**19)])
-def test_row_chunks_cover_every_row_once(N, K):
-    rows = [row for begin, end in outliers.row_chunks(N, K) for row in range(begin, end)]
+def test_row_bands_cover_every_row_once(N, K):
+    rows = [row for begin, end in outliers.row_bands(N, K) for row in range(begin, end)]
     assert rows == list(range(N))
-    assert all(end - begin == 1 or (end - begin) * K <= outliers.CHUNK for begin, end in outliers.row_chunks(N, K))
+    assert all(end - begin == 1 or (end - begin) * K <= outliers.BAND for begin, end in outliers.row_bands(N, K))
