@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prequant_ext.config import PreQuantConfig
+
 
 def empty_parameter(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None, requires_grad: bool = False
@@ -70,6 +72,8 @@ class FrozenWeight(nn.Module):
     weight_packed: nn.Parameter
     weight_scale: nn.Parameter
     weight_zero_point: nn.Parameter
+    # With which settings of a whole model the layer was made; None: by itself (from_linear, from_embedding)
+    quantized_with: PreQuantConfig | None = None
 
     @property
     def trained_names(self) -> tuple[str, ...]:

@@ -54,27 +54,30 @@ def empty_layer(
     site: Site, module: Any, config: PreQuantConfig, device: torch.device | str = "meta"
 ) -> PreQuantLinear | PreQuantEmbedding:
     """The quantized layer that takes the place of ``module``, its tensors not filled in."""
+    layer: PreQuantLinear | PreQuantEmbedding
     if site.kind == "embedding":
-        padding_idx = module.padding_idx
-        return PreQuantEmbedding(
+        layer = PreQuantEmbedding(
             *site.shape,
-            padding_idx=padding_idx,
+            padding_idx=module.padding_idx,
             granularity=config.embedding_granularity,
             dtype=module.weight.dtype,
             device=device,
         )
-    return PreQuantLinear(
-        site.shape[1],
-        site.shape[0],
-        bias=module.bias is not None,
-        axis=str(site.axis),
-        config=config,
-        bits=site.bits,
-        hidden_size=site.hidden_size,
-        is_transposed=site.is_transposed,
-        dtype=module.weight.dtype,
-        device=device,
-    )
+    else:
+        layer = PreQuantLinear(
+            site.shape[1],
+            site.shape[0],
+            bias=module.bias is not None,
+            axis=str(site.axis),
+            config=config,
+            bits=site.bits,
+            hidden_size=site.hidden_size,
+            is_transposed=site.is_transposed,
+            dtype=module.weight.dtype,
+            device=device,
+        )
+    layer.quantized_with = config
+    return layer
 
 
 def plan(model: nn.Module, config: PreQuantConfig, family: Family | None = None) -> list[PlanRow]:

@@ -139,9 +139,7 @@ def _by_movement(matrix: Matrix, config: PreQuantConfig) -> Tensor:
             f"{matrix.name}: tuned must have the weight's shape {tuple(weight.shape)}, got {tuple(tuned.shape)}"
         )
     tuned = tuned.detach().to(weight.device)
-    bands = (
-        (tuned[begin:end].double() - weight[begin:end].double()).abs() for begin, end in row_bands(*weight.shape)
-    )
+    bands = ((tuned[begin:end].double() - weight[begin:end].double()).abs() for begin, end in row_bands(*weight.shape))
     movement = _sum_by_dimension(bands, matrix.axis)
     if not movement.isfinite().all():
         raise ValueError(f"{matrix.name}: tuned must be finite, but it holds NaN or Inf")
