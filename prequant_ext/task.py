@@ -76,6 +76,7 @@ def _copies(values: Mapping[str, Tensor], like: Mapping[str, nn.Parameter]) -> d
 def _copy(to: Mapping[str, nn.Parameter], values: Mapping[str, nn.Parameter]) -> None:
     shares = [_share(sharded_like(parameter, values[key].detach())) for key, parameter in to.items()]
     torch._foreach_copy_([_share(parameter.detach()) for parameter in to.values()], shares)
+    torch.clear_autocast_cache()  # of casts of the values before: autocast does not see that a parameter is written to
 
 
 def _share(tensor: Tensor) -> Tensor:

@@ -133,6 +133,12 @@ def _register(name: str, op: str, set_up: SetUp, backward: Backward) -> None:
         set_up(library, ctx, Arguments._make(inputs), set(compress(names, ctx.needs_input_grad)))
 
     def backward_in_order(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        # Only create_graph=True turns gradients on here, or torch.func.grad, which always does.
+        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"{name}::{op} is not differentiable twice: its backward pass runs kernels that have no gradients of "
+                "their own, so create_graph=True would give wrong gradients of gradients"
+            )
         gradients = backward(library, ctx, grad_output, set(compress(names, ctx.needs_input_grad)))
         return tuple((none | gradients).values())
 

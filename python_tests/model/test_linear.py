@@ -132,6 +132,16 @@ def test_train_scales_is_prequant_alpha():
     assert layer.weight_packed.equal(codes) and layer.outlier_weight.grad is None
 
 
+@pytest.mark.parametrize("axis", ["input", "output"])
+@pytest.mark.parametrize("config", [CONFIGS["default"], CONFIGS["weight only"]], ids=["W4A8", "W4A16"])
+def test_a_gradient_of_a_gradient_is_refused(config, axis):
+    """The kernels of the backward pass have no gradient: it would be zero, as for a gradient penalty."""
+    layer, x = PreQuantLinear.from_linear(linear(), config, axis=axis), torch.randn(3, 64, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"prequant::linear_w4a\d+ is not differentiable twice"):
+        torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+    torch.autograd.grad(layer(x).pow(3).sum(), [x, layer.outlier_weight])
+
+
 def test_half_precision_keeps_masters_in_float32():
     layer = PreQuantLinear.from_linear(linear(), PreQuantConfig())
     layer(torch.randn(2, 64)).sum().backward()

@@ -55,6 +55,20 @@ def two_tasks():
     return model, answers
 
 
+@pytest.mark.parametrize("change", [set_task, lambda model, name: load_task(model, name, "again", overwrite=True)])
+def test_a_switch_within_autocast_answers_with_the_new_head(two_tasks, change, tmp_path):
+    """autocast keeps the casts of trained parameters for as long as its block lasts."""
+    model, _ = two_tasks
+    with torch.autocast("cpu", torch.bfloat16):
+        alone = logits(model)  # as b
+    save_task(model, "b", tmp_path / "b.task")
+    set_task(model, "a")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(logits(model), alone)
+        change(model, "b" if change is set_task else tmp_path / "b.task")
+        assert torch.equal(logits(model), alone)
+
+
 def test_each_task_answers_as_when_it_was_trained(two_tasks):
     model, answers = two_tasks
     assert len({tuple(answer.flatten().tolist()) for answer in answers.values()}) == 3
