@@ -204,15 +204,23 @@ def save_task(
 
 
 def load_task(
-    model: nn.Module, path: str | os.PathLike, name: str | None = None, *, overwrite: bool = False
+    model: nn.Module,
+    path: str | os.PathLike,
+    name: str | None = None,
+    *,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
 ) -> dict[str, str]:
     """Add the task of a file, as ``name`` or by its own, and make it live. Returns the file's metadata. A refusal
     leaves the model as it was.
 
+    allow_nonfinite  take NaN and Inf, too: to look at a training that diverged
+
     Raises FileNotFoundError; ValueError naming both sides where the base, the tensors, a shape or the format version
-    differ, where the file is damaged, or where the model has a task of that name (unless ``overwrite``).
+    differ, where the file is damaged or a tensor is not finite, or where the model has a task of that name (unless
+    ``overwrite``).
     """
-    metadata, tensors = read_task(path)
+    metadata, tensors = read_task(path, allow_nonfinite=allow_nonfinite)
     name = metadata["name"] if name is None else name
     _check_new(model, name, overwrite)
     check_fits(path, metadata, tensors, model)

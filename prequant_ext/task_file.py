@@ -171,17 +171,22 @@ def write_task(
         "base_fingerprint": base_fingerprint,
         "name": check_task_name(name),
     }
-    stored = {
-        key: whole(tensor.detach()).cpu().to(dtype if tensor.dtype == torch.float32 else tensor.dtype).contiguous()
-        for key, tensor in tensors.items()
-    }
+    stored = {}
+    for key, tensor in tensors.items():
+        values = whole(tensor.detach()).cpu()
+        stored[key] = values.to(dtype if values.dtype == torch.float32 else values.dtype).contiguous()
+        if not torch.equal(stored[key].float().isfinite(), values.float().isfinite()):
+            raise ValueError(f"{key} does not fit {dtype}: its largest value is {values.abs().max().item():.4g}")
     write_atomically(path, save(stored, header))
 
 
-def read_task(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read_task(path: str | os.PathLike, *, allow_nonfinite: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
     """(metadata, tensors) of a task file, before it is known which model they are for.
 
-    Raises FileNotFoundError; ValueError where the file is truncated, no task file, or of a newer format version.
+    allow_nonfinite  take NaN and Inf, too: to look at a training that diverged
+
+    Raises FileNotFoundError; ValueError where the file is truncated, no task file, or of an unknown format version, and
+    naming a tensor that is no floating one or not finite.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no task file at {path}")
@@ -195,11 +200,20 @@ def read_task(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor
     if missing:
         raise ValueError(f"{path} is no task file: its metadata lacks {', '.join(missing)}")
     version = metadata["format_version"]
-    if not version.isdecimal() or int(version) > FORMAT_VERSION:
+    if not version.isdecimal() or not 1 <= int(version) <= FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version {version} but this prequant_ext reads up to {FORMAT_VERSION}; update "
-            "prequant_ext"
+            f"{path} has format_version {version} but this prequant_ext reads 1 to {FORMAT_VERSION}; a newer file "
+            "needs a newer prequant_ext"
         )
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{key} of {path} must be of a floating type, got {kind}")
+        if not allow_nonfinite and not tensor.float().isfinite().all():
+            raise ValueError(
+                f"{key} of {path} must be finite, but it holds NaN or Inf: the training diverged, or the file is "
+                "damaged (allow_nonfinite=True takes it all the same)"
+            )
     return metadata, tensors
 
 

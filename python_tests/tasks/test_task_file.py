@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import math
 import os
 
 import pytest
@@ -253,12 +254,52 @@ def rewrite(path, metadata=None, without=None):
     path.write_bytes(save({key: tensor for key, tensor in tensors.items() if key != without}, held))
 
 
-def test_a_newer_version_is_refused_with_both_versions(saved):
-    rewrite(saved, {"format_version": str(FORMAT_VERSION + 1)})
+def change_tensor(path, name, change):
+    held, tensors = task_file.read_task(path)
+    path.write_bytes(save(tensors | {name: change(tensors[name]).contiguous()}, held))
+
+
+@pytest.mark.parametrize("version", [0, FORMAT_VERSION + 1])
+def test_an_unknown_version_is_refused_with_both_versions(saved, version):
+    rewrite(saved, {"format_version": str(version)})
     with pytest.raises(
-        ValueError, match=rf"has format_version {FORMAT_VERSION + 1} but this prequant_ext reads up to {FORMAT_VERSION}"
+        ValueError, match=rf"has format_version {version} but this prequant_ext reads 1 to {FORMAT_VERSION}"
     ):
         task.load_task(quantized(), saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.uint8, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("name", ["bert.encoder.layer.0.output.dense.outlier_weight", "classifier.weight"])
+def test_tensors_that_are_not_float_are_refused(saved, name, dtype):
+    """A cast would lose their values without a word, or invent others."""
+    change_tensor(saved, name, lambda tensor: tensor.to(dtype))
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=rf"{name} of .*sst2\.task must be of a floating type, got {kind}"):
+        task.load_task(quantized(), saved)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["bert.encoder.layer.0.output.dense.outlier_weight", "classifier.bias"])
+def test_tensors_that_are_not_finite_are_refused_unless_wanted(saved, name, value):
+    change_tensor(
+        saved, name, lambda tensor: tensor.flatten().index_fill(0, torch.tensor([1]), value).view(tensor.shape)
+    )
+    model = quantized()
+    with pytest.raises(ValueError, match=rf"{name} of .*sst2\.task must be finite, but it holds NaN or Inf"):
+        task.load_task(model, saved)
+    assert task.list_tasks(model) == []
+    task.load_task(model, saved, allow_nonfinite=True)
+    assert task.active_task(model) == "sst2" and not model.get_parameter(name).isfinite().all()
+
+
+def test_a_dtype_that_does_not_hold_the_values_is_refused(tmp_path):
+    model = quantized()
+    with torch.no_grad():
+        model.classifier.weight[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"classifier\.weight does not fit torch\.float16"):
+        task.save_task(model, "a", tmp_path / "a.task", dtype=torch.float16)
+    assert not (tmp_path / "a.task").exists()
+    task.save_task(model, "a", tmp_path / "a.task", dtype=torch.bfloat16)
 
 
 def test_a_file_without_a_fingerprint_is_no_task_file(saved):
