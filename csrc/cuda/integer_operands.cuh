@@ -45,11 +45,6 @@ static_assert(kMaxColumns<4> == 69905 && kMaxColumns<8> == 65793);
 
 // ---- activations ----
 
-template <typename T>
-PREQUANT_HOST_DEVICE constexpr T smaller(T a, T b) {
-    return b < a ? b : a;
-}
-
 struct CodeRange {  // columns that count; the codes of others are 128, worth nothing
     int64_t begin, end;
 };
