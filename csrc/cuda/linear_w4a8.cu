@@ -164,8 +164,17 @@ void linear_w4a8(Activations x, const Matrix* raw, Weight weight, Outliers outli
     if (weight.K == 0) weight.G = 1, outliers.r = 0;  // all that is left is the bias
     const int64_t size = weight.K / weight.G;
     IntegerProduct product{
-        x,       weight, size, chunks_along(weight.K), x.codes, weight.K, weight.G > 1 && size % kPieceCodes != 0,
-        nullptr, 0,      0};
+        .x = x,
+        .weight = weight,
+        .group_size = size,
+        .chunks = chunks_along(weight.K),
+        .codes = x.codes,
+        .pitch = weight.K,
+        .is_ragged = weight.G > 1 && size % kPieceCodes != 0,
+        .pieces = nullptr,
+        .piece_columns = 0,
+        .pieces_a_group = 0,
+    };
     if (weight.K % kPieceCodes != 0 || !is_aligned(x.codes, kPieceCodes)) {
         product.pitch = ceil_div(weight.K, kPieceCodes) * kPieceCodes;
         auto* const aligned = static_cast<uint8_t*>(stream.scratch(x.M * product.pitch));
