@@ -95,7 +95,7 @@ class Device {
     std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
-// Whether a prepacked weight beside this tensor is made of tensor-core chunks (formats.h), and not of the CPU's panels.
+// Whether a prepacked weight on this tensor's device is made of tensor-core chunks (formats.h), and not of panels.
 bool has_chunks(const Tensor& tensor);  // device.cpp
 
 struct PrepackedShape {

@@ -31,7 +31,7 @@ struct ActivationRows {
     }
 };
 
-// The matrices (M, r) that stand beside a product are kept for so many rows at a time: 1 MiB, or one block of rows.
+// The matrices (M, r) that are added to a product are kept for so many rows at a time: 1 MiB, or one block of rows.
 inline int64_t side_rows(int64_t r, int64_t block) {
     return larger<int64_t>(1, (int64_t{1} << 18) / larger<int64_t>(1, r) / block) * block;
 }

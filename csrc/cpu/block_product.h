@@ -4,9 +4,9 @@
 //                                                  for it
 //   few            up to kFewTokens rows of a forward product: no panel (few_tokens.h)
 //
-// Error      of a result, beside that of float32: at most the sum over the blocks of step / 2 * S|w|, w as the weight
-//            stands in the panel; that is less than 2^-15 * S over blocks of max|a| * S|ŵ|. A block whose values vary a
-//            thousandfold loses nothing of its neighbours.
+// Error      of a result, in addition to that of float32: at most the sum over the blocks of step / 2 * S|w|, w as the
+//            weight is in the panel; that is less than 2^-15 * S over blocks of max|a| * S|ŵ|. A block whose values
+//            vary a thousandfold loses nothing of its neighbours.
 // Sums in    int32 in a block, float32 over the blocks in the order of depth.
 // Scratch    rows of a as int16, at most about 1 MiB for a call, and a task's.
 // Limited by the integer multiply-adds from M of about 16; below by building panels.

@@ -1,7 +1,7 @@
 // The integer products of a few tokens straight from the packed words: no panel, each word is loaded once and unpacked
 // in registers.
 //
-//   columns    two vectors of weight rows at a time, all tokens beside them
+//   columns    two vectors of weight rows at a time, each with all tokens
 //   bytes      8-bit activations times codes 0 ... 15 as they are
 //   words      blocks of int16 (block_product.h) times code - zero_point
 //   groups     one after the other; bytes: a token of ones makes the sums of a group's codes, which the weight has of
@@ -40,7 +40,7 @@ inline Ints column_pairs(Ints of_zero, Ints of_sum) {
     return ((Ints{} - of_zero) & broadcast(0xffff)) | ((Ints{} - of_sum) << 16);
 }
 
-// products[i * kPanelColumns + c] of Tokens rows of codes, which stand at k = 0, the columns of two vectors, and words
+// products[i * kPanelColumns + c] of Tokens rows of codes, which begin at k = 0, the columns of two vectors, and words
 // begin .. end; with Ones the last row is all ones.
 template <int Container, int Tokens, bool Ones>
 inline void multiply_packed(const PackedColumns& columns, int first, int64_t begin, int64_t end, const uint8_t* codes,

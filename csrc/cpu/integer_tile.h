@@ -53,7 +53,7 @@ inline __attribute__((always_inline)) void unrolled(const Body& body) {
 
 #define PREQUANT_INLINE __attribute__((always_inline))
 
-// Where a tile stands: its rows of a (pointers three apart, as in tile.h) and the panel's step.
+// Where a tile is: its rows of a (pointers three apart, as in tile.h) and the panel's step.
 template <typename Product, int Rows>
 struct TilePosition {
     static constexpr int kPointers = (Rows + 2) / 3;

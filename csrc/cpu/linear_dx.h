@@ -5,8 +5,8 @@
 //                             change along the columns of dx
 //   otherwise                 dy in blocks of int16 times code - zero_point (block_product.h, which states the error).
 //                             A scale for each row sits on the index that is summed over: dy is multiplied with it in
-//                             float32 before it is rounded, so that the block's step fits the product. Outliers in
-//                             float32 beside it
+//                             float32 before it is rounded, so that the block's step fits the product. Outliers
+//                             are added in float32
 //
 // Limited by multiply-adds from M of about 16; below by making panels.
 #pragma once

@@ -3,7 +3,7 @@
 //   float32 where asked for   panels of float32 weights (panel_product.h); outlier dimensions have value 0 in W, so
 //                             that their float values are added to the panel: no product of their own
 //   otherwise                 x in blocks of int16 times code - zero_point (block_product.h, which states the error);
-//                             outliers in float32 beside it
+//                             outliers are added in float32
 //
 // Limited by multiply-adds from M of about 16; below by making panels.
 #pragma once

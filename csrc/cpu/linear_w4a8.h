@@ -69,7 +69,7 @@ inline void byte_panel_of(const Weight& weight, const PackedColumns& columns, in
         byte_panel<4>(columns, k_begin, k_end, center, panel);
 }
 
-// sums (rows, kPanelColumns) of rows m ... of x, whose codes stand `stride` apart, before x_scale. Groups: whether the
+// sums (rows, kPanelColumns) of rows m ... of x, whose codes are `stride` apart, before x_scale. Groups: whether the
 // weight has more than one; Paired: whether their terms are (few_tokens.h).
 template <bool Groups, bool Paired>
 inline void multiply_bytes(const Activations& x, const uint8_t* codes, int64_t stride, int64_t m, int64_t rows,
@@ -197,8 +197,8 @@ inline void linear_w4a8(Activations x, const Matrix* raw, Weight weight, Outlier
     const bool has_bytes =
         kHasBytes && weight.container != 8 && K / weight.G <= kBytesDepth && are_whole_words(weight, 0, K / weight.G);
 
-    // Rows of x are taken as many at a time as keep what stands beside the product small: the outliers' side, and the
-    // activations where they are copied.
+    // Rows of x are taken as many at a time as keep what is needed besides the product small: the outliers' side, and
+    // the activations where they are copied.
     const bool is_copied = !has_bytes || K % word_codes(weight.container) != 0;  // whole words are read
     const int64_t stride = ceil_div(K, 16) * 16, copied_bytes = is_copied ? stride * (has_bytes ? 1 : 2) : 0;
     const int64_t rows_at_once =

@@ -1,4 +1,4 @@
-// The outlier term beside a product of integers. It is float32 on every path: either a few columns of the input times a
+// The outlier term of a product of integers. It is float32 on every path: either a few columns of the input times a
 // few rows of values, added to every tile, or whole columns of the result, made beforehand and added where they belong.
 //
 //              columns of x, gathered: side (M, r)        whole columns of the result: side (M, r)

@@ -2,7 +2,7 @@
 //     D[n, m] += W[n, k] s[m, k], s = code - 128.
 //
 //   W is the A operand (u8), x the B operand (s8) of m16n8k32. A lane 4g + t needs bytes k = 2t, 2t + 8, 2t + 1, 2t + 9
-//   of a tile of 16 columns, because those stand in one register of a chunk (formats.h). Activations are put in that
+//   of a tile of 16 columns, because those are in one register of a chunk (formats.h). Activations are put in that
 //   order once, on their way into shared memory: 4 byte permutations and 4 xors for 16 codes; ldmatrix then hands every
 //   lane its bytes. Ordering fragments instead would take bytes of two other lanes, and would be done again by every
 //   warp that reads the row.
@@ -35,7 +35,7 @@ constexpr uint32_t kOnes = 0x01010101u, kMiddle = 0x80808080u;  // kMiddle: code
 
 using Piece = Vector<uint32_t, 4>;
 
-// How far rows g + 8 of a strip stand above their value.
+// By how many bits rows g + 8 of a strip are shifted to the left.
 template <int kContainer>
 constexpr int kHighShift = kContainer == 8 ? 0 : kContainer;
 
@@ -108,8 +108,8 @@ PREQUANT_DEVICE LaneCodes<kContainer> load_lane(const uint8_t* chunk, int lane) 
 #pragma unroll
         for (int i = 0; i < kContainer / 4; ++i) {
             const uint4 part = __ldcs(reinterpret_cast<const uint4*>(from) + i);
-            codes.words[4 * i] = part.x, codes.words[4 * i + 1] = part.y, codes.words[4 * i + 2] = part.z,
-                            codes.words[4 * i + 3] = part.w;
+            codes.words[4 * i] = part.x, codes.words[4 * i + 1] = part.y;
+            codes.words[4 * i + 2] = part.z, codes.words[4 * i + 3] = part.w;
         }
     }
     return codes;

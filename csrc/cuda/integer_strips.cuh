@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(StripShapes<kTokenTiles, kStrips, kSlices>::kT
 
     int32_t sums[kTokenTiles][4] = {};
     float floats[kTokenTiles][4] = {};
-    // The sums of group g, with zero points and scale, to floats; sums begin anew.
+    // The sums of group g, with zero points and scale, to floats; the sums begin again at 0.
     const auto fold = [&](int64_t g) {
         const int64_t n = my_strip * kStripRows + lane / 4;
         float scale[2] = {};

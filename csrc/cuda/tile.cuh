@@ -136,7 +136,7 @@ struct CopyX {
 };
 
 // Copies a rectangle of kDown x kAcross chunks to slot after slot, from chunk row `down` and chunk column `across` on:
-// the next one lies beside it, or (kIsDownward) below it.
+// the next rectangle is to the right of it, or (kIsDownward) below it.
 template <typename TileT, int kContainer, int kDown, int kAcross, bool kIsDownward>
 struct CopyChunks {
     static constexpr int kBytes = static_cast<int>(chunk_bytes(kContainer)), kChunkUnits = kBytes / 16,

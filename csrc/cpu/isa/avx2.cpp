@@ -1,4 +1,4 @@
-// The CPU kernels for AVX2 with FMA and F16C. See avx512.cpp for why every header stands before the pragma.
+// The CPU kernels for AVX2 with FMA and F16C. See avx512.cpp for why every header is before the pragma.
 #ifdef __x86_64__
 
 #include <immintrin.h>

@@ -1,6 +1,6 @@
 // The CPU kernels for AVX512-F/BW/VL/DQ with VNNI.
 //
-// Every header from elsewhere stands before the target pragma: an inline function of theirs that was compiled for
+// Every header from elsewhere comes before the target pragma: an inline function of theirs that was compiled for
 // AVX-512 could be the copy that the linker keeps for the whole library, and crash an older CPU. For the same reason
 // the kernels call no std:: template.
 #ifdef __x86_64__

@@ -6,8 +6,8 @@
 //   avx512     AVX512-F/BW/VL/DQ, VNNI, FMA, F16C
 //
 // The best level that the CPU has is used; the environment variable PREQUANT_ISA names another one.
-// To add a level: a file beside portable.cpp that sets PREQUANT_LEVEL and the three switches, a declaration here, a row
-// in level.cpp's table.
+// To add a level: a file next to portable.cpp that sets PREQUANT_LEVEL and the three switches, a declaration here, a
+// row in level.cpp's table.
 #pragma once
 
 #include "../../kernels.h"

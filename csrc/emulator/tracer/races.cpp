@@ -43,7 +43,7 @@ struct Region {
     bool is_initialized;
 };
 std::vector<Buffer> known;
-std::vector<Region> regions;  // beside `known`
+std::vector<Region> regions;  // one for each of `known`
 
 Mark mark(const void* where, bool is_atomic, bool is_whole_warp) {
     const uint32_t warp = current->warp;
