@@ -4,12 +4,14 @@ and a score that changes on reloading is an error.
 
 import json
 import os
-import subprocess
+import runpy
 import sys
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
+from prequant_ext import cli
 from prequant_ext.cli import demo
 from prequant_ext.glue.tasks import DATA_DIR_VARIABLE, TASKS, load_rows
 from support.tiny_checkpoint import save_float_model
@@ -25,33 +27,41 @@ def data(tmp_path):
     return tmp_path / "data"
 
 
-@pytest.mark.slow
-def test_the_demo_runs_from_the_float_model_to_the_reloaded_score(tmp_path, data):
-    model = save_float_model(tmp_path / "model")
-    command = [
-        sys.executable,
-        "-m",
-        "prequant_ext.cli.demo",
-        "--data-dir",
-        data,
-        "--model",
-        model,
-        "-o",
-        tmp_path / "out",
-        "--max-train",
-        "64",
-        "--epochs",
-        "1",
-    ]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
+def prequant_here(*arguments, as_json=True):
+    """What the process that demo.prequant starts does, in this one."""
+    done = CliRunner().invoke(cli.app, [*arguments, *(["--json"] if as_json else [])], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    if as_json:
+        return json.loads(done.stdout)
+    print(done.stdout)
+    return {}
+
+
+def test_the_demo_runs_from_the_float_model_to_the_reloaded_score(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(demo, "prequant", prequant_here)
+    options = ["--data-dir", str(data), "-o", str(tmp_path / "out"), "--max-train", "64", "--epochs", "1"]
+    done = CliRunner().invoke(
+        demo.app, ["--model", save_float_model(tmp_path / "model"), *options], catch_exceptions=False
+    )
+    assert done.exit_code == 0, done.output
     assert "PreQuant" in done.stdout and "full fine-tuning" in done.stdout and "64 training rows" in done.stdout
     assert "score the same, to the last digit" in done.stderr
     assert "has no MRPC: GENERATED rows for the second task" in done.stderr
     assert "8 rows of 2 tasks in 1 batch" in done.stdout
     assert sorted(os.listdir(tmp_path / "out")) == ["base", "full", "mixed.jsonl", "tasks"]
     assert sorted(path.name for path in (tmp_path / "out" / "tasks").glob("*.task")) == ["mrpc.task", "sst2.task"]
+
+
+def test_a_step_of_the_demo_is_a_process_that_answers_in_json():
+    assert demo.prequant("doctor")["problems"] == []
+
+
+def test_it_starts_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo", "--help"])
+    monkeypatch.delitem(sys.modules, "prequant_ext.cli.demo")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("prequant_ext.cli.demo", run_name="__main__")
+    assert stop.value.code == 0 and "--max-train" in capsys.readouterr().out
 
 
 RUN = {
