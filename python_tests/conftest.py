@@ -157,6 +157,15 @@ def quantized_dir(tmp_path: Path, float_dir: Path) -> Path:
     return tmp_path / "quantized"
 
 
+@pytest.fixture
+def one_thread():
+    """torch computes in one thread: the order of its sums follows from the number, and toy models need no more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _fresh_compiler():
     """torch counts the recompilations of a function for the whole process: what one file has compiled must not use up

@@ -16,6 +16,7 @@ from support.scripts import run_script
 from support.toys import make_toy
 
 EXAMPLES = ROOT / "examples"
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(script, *arguments, expect=0):

@@ -265,15 +265,6 @@ def run(chosen, work_dir):
     return json.loads(result.to_json()), train.trained_tensors(model)
 
 
-@pytest.fixture
-def one_thread():
-    """As the process that is killed has: the order of its sums follows from the number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def kill_after_first_checkpoint(process, work_dir):
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
