@@ -1,8 +1,8 @@
 """Every instruction-set level of the CPU kernels passes the operators' tests and makes the same integers, whichever
 this CPU has.
 
-Levels that it has run through PREQUANT_ISA, the others in the libraries of cpu_variants.py. Each runs in a process of
-its own.
+Levels that it has run through PREQUANT_ISA, in a process of their own; the others are in the libraries of
+cpu_variants.py.
 """
 
 import json
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from prequant_ext import ops
-from support import ROOT, cpu_variants, emulated
+from support import ROOT, cpu_variants, integer_bits
 
 TESTS = Path(__file__).parent
 OPERATORS = [op for op in ops.OPERATORS if (TESTS / f"test_{op}.py").exists()]
@@ -102,8 +102,15 @@ def test_an_emulated_library_has_its_level_alone(variant, monkeypatch):
     assert torch.equal(library.unpack(library.pack(codes, 4), 3, 4), codes)
 
 
-def integers(environment: dict[str, str]) -> dict[str, str]:
-    environment = environment | {"PYTHONPATH": str(ROOT / "python_tests")}
+def integers_of(library: object, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What an operator library that this process has loaded makes."""
+    monkeypatch.setattr(ops.calls, "library", library)
+    return {"level": library.build_info(), **dict(integer_bits.digests())}
+
+
+def integers_of_a_real_level(level: str) -> dict[str, str]:
+    """What the installed library makes at this level: it chooses one for the whole life of a process."""
+    environment = environment_of(level) | {"PYTHONPATH": str(ROOT / "python_tests")}
     done = subprocess.run(
         [sys.executable, "-m", "support.integer_bits"], env=environment, capture_output=True, text=True, cwd=ROOT
     )
@@ -111,37 +118,48 @@ def integers(environment: dict[str, str]) -> dict[str, str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def integers_of_a_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    if cpu_variants.gap(variant):
+        pytest.skip(cpu_variants.gap(variant))
+    cpu_variants.load(variant)
+    return integers_of(getattr(torch.ops, cpu_variants.library(variant)), monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def portable_integers() -> dict[str, str]:
-    found = integers(environment_of("portable"))
+    found = integers_of_a_real_level("portable")
     assert found["level"].startswith("isa=portable;") and len(found) > 200
     return found
 
 
 @pytest.mark.parametrize("level", [level for level in cpu_variants.LEVELS if level != "portable"])
-def test_every_level_makes_the_same_integers(level, portable_integers):
-    found = integers(environment_of(level))
+def test_every_level_makes_the_same_integers(level, portable_integers, monkeypatch):
+    if level == level_in_use():
+        found = integers_of(torch.ops.prequant, monkeypatch)
+    elif level in cpu_variants.real_levels():
+        found = integers_of_a_real_level(level)
+    elif level in cpu_variants.VARIANTS:
+        found = integers_of_a_variant(level, monkeypatch)
+    else:
+        pytest.skip(f"this CPU lacks the level {level}, which no library emulates")
     assert found.pop("level").startswith(f"isa={level};")
     assert found == {name: value for name, value in portable_integers.items() if name != "level"}
 
 
 @pytest.mark.parametrize("variant", EMULATED_LEVELS)
-def test_the_emulated_level_makes_the_integers_of_the_real_one(variant, portable_integers):
+def test_the_emulated_level_makes_the_integers_of_the_real_one(variant, portable_integers, monkeypatch):
     if variant not in cpu_variants.real_levels():
         pytest.skip(
             f"this CPU lacks {variant}: test_every_level_makes_the_same_integers has taken the emulated library"
         )
-    found = integers(environment_of_variant(variant))
+    found = integers_of_a_variant(variant, monkeypatch)
     assert found.pop("level").startswith(f"isa={variant};")
     assert found == {name: value for name, value in portable_integers.items() if name != "level"}
 
 
-def test_the_gpus_kernels_make_the_same_integers(portable_integers):
+def test_the_gpus_kernels_make_the_same_integers(portable_integers, emulated_library, monkeypatch):
     """On the emulator; prepacked weights alone are laid out in another way."""
-    if emulated.cuda_include() is None:
-        pytest.skip("emulated: CUDA's headers are not at hand: nvcc is not installed")
-    emulated.build()
-    found = integers(os.environ | {"PREQUANT_CPU_VARIANT": "emulated"})
+    found = integers_of(emulated_library, monkeypatch)
     assert found.pop("level").startswith("isa=emulated;")
     for name, value in found.items():
         assert name.startswith("prepack:") or value == portable_integers[name], name

@@ -1,7 +1,7 @@
 """The integers that every level of the CPU and the GPU's kernels must make alike, as digests of the operators' results.
 
-    PYTHONPATH=python_tests python -m support.integer_bits      a JSON object on the last line: the library's level, and
-                                                                case -> digest
+    PYTHONPATH=python_tests python -m support.integer_bits      a JSON object on the last line: the installed
+                                                                library's level, and case -> digest
 
 Float results are in it where float32 holds them exactly: products with scales that are powers of two, whatever the
 order of their sums.
@@ -9,7 +9,6 @@ order of their sums.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from prequant_ext import ops, reference
-from support import cpu_variants
 from support.operands import F16, F32, LAYERS, Layer, random_matrix, random_weight
 
 CASES = {
@@ -103,6 +101,4 @@ def digests() -> Iterator[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    if os.environ.get("PREQUANT_CPU_VARIANT"):
-        cpu_variants.use(os.environ["PREQUANT_CPU_VARIANT"])
-    print(json.dumps({"level": ops.calls.library.build_info(), **dict(digests())}))
+    print(json.dumps({"level": torch.ops.prequant.build_info(), **dict(digests())}))
