@@ -1,6 +1,8 @@
 # make demo   quantize a real model once, fine-tune 0.5 % of its weights, compare with full fine-tuning
-# make test   every test but those of make gate
-# make gate   what nvcc makes of the CUDA kernels, what they do to memory; needs nvcc, no GPU. make budgets: measure csrc/cuda/budgets.toml anew
+# make test   the package, every operator on this CPU and on the emulated CUDA kernels: 7 to 10 minutes on two cores
+# make test-all   what make test leaves out, about as long: every other level of the CPU, sanitizers, the wheel
+# make gate   what nvcc makes of the CUDA kernels, what they do to memory; needs nvcc, no GPU
+# make budgets   measure csrc/cuda/budgets.toml again
 # make bench  times and memory on this CPU beside torch: layer, training step, model, quantization; the README's tables. BENCH_JSON=folder keeps records, too
 # make gpu-model   predicted times on GPUs: a model, no GPU was used
 # make test-gpu, make bench-gpu   on a GPU: tests, under compute-sanitizer too; times beside cuBLAS, into bench/results
@@ -10,7 +12,7 @@
 #   TORCH=torch==2.13.0   another torch; default: a CPU wheel, unless a GPU answers
 #   TORCH_INDEX=url       a further package index, for one that carries CPU wheels of torch where yours has none
 #   TORCH_CUDA_ARCH_LIST  architectures of the CUDA kernels; default: the GPUs that answer, else 8.0 alone. PREQUANT_CUDA=0: none
-#   TEST_JOBS=2           test files side by side
+#   TEST_JOBS=2           processes that share the tests
 #   DATA=folder           GLUE as JSON lines; default: ../shared/data/glue if it exists
 #   PYTHON, VENV          another interpreter, another folder
 
@@ -38,7 +40,7 @@ NVCC := $(if $(filter 0,$(PREQUANT_CUDA)),,$(shell command -v nvcc))
 NATIVE := setup.py pyproject.toml $(shell find csrc -path csrc/emulator -prune -o \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \) -print)
 CXX_SOURCES := $(shell find csrc python_tests bench -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test gate budgets gpu-model bench test-gpu bench-gpu lint format clean
+.PHONY: help demo test test-all gate budgets gpu-model bench test-gpu bench-gpu lint format clean
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -74,9 +76,15 @@ demo: $(VENV)/.built
 	@echo "== demo$(if $(DATA), on $(DATA))"
 	@$(BIN)/python -m prequant_ext.cli.demo $(if $(DATA),--data-dir $(DATA))
 
+# A process that has no tests left takes over half of those that wait for another: no file is too long for one of them.
+RUN_TESTS = $(if $(DATA),PREQUANT_DATA_DIR=$(abspath $(DATA))) $(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist worksteal
 test: $(VENV)/.built
-	@echo "== tests"
-	@$(if $(DATA),PREQUANT_DATA_DIR=$(abspath $(DATA))) $(BIN)/python -m pytest -q -m 'not gate' -n $(TEST_JOBS) --dist loadfile $(PYTEST)
+	@echo "== tests, but those of make test-all and make gate"
+	@$(RUN_TESTS) -m 'not gate and not exhaustive' $(PYTEST)
+
+test-all: $(VENV)/.built
+	@echo "== the exhaustive tests, which make test leaves out"
+	@$(RUN_TESTS) -m 'exhaustive and not gate' $(PYTEST)
 
 gate: $(VENV)/.built
 	@echo "== gate: the CUDA kernels for every architecture, without a GPU$(if $(NVCC),,; skipped: nvcc is not installed)"

@@ -117,6 +117,7 @@ def test_nothing_stray_and_nothing_racing(operator, layer, sample, emulated_libr
     assert traced.kernels and not traced.findings, traced.table()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_sanitizers_find_nothing(emulated_library):
     """AddressSanitizer and UndefinedBehaviorSanitizer on all operators; a sanitized library loads only into a process

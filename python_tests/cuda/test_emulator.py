@@ -228,6 +228,7 @@ print(json.dumps(reports))
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_sanitizers_see_stray_accesses(emulated_library):
     """In a process of their own, because they must be loaded before Python; a stray access ends a child of it."""

@@ -75,6 +75,7 @@ def run_operator_tests(subject: str, environment: dict[str, str], wanted: str = 
     print("\n".join(line for line in done.stdout.splitlines() if " skipped" in line or " passed" in line))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("level", cpu_variants.LEVELS)
 def test_it_passes_the_operator_tests(level):
@@ -83,6 +84,7 @@ def test_it_passes_the_operator_tests(level):
     run_operator_tests(level, environment_of(level))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", SANITIZED)
 def test_the_sanitizers_find_nothing(variant):
@@ -90,6 +92,7 @@ def test_the_sanitizers_find_nothing(variant):
     run_operator_tests(variant, environment_of_variant(variant), SANITIZED_TESTS, "-s")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("variant", EMULATED_LEVELS)
 def test_an_emulated_library_has_its_level_alone(variant, monkeypatch):
     """Whatever PREQUANT_ISA says, and beside the installed library."""
@@ -132,7 +135,12 @@ def portable_integers() -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("level", [level for level in cpu_variants.LEVELS if level != "portable"])
+def marked(level: str) -> object:
+    """A level that has to be compiled first, as a library that emulates it, is for make test-all."""
+    return pytest.param(level, marks=[] if cpu_variants.runs_here(level) else pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize("level", [marked(level) for level in cpu_variants.LEVELS if level != "portable"])
 def test_every_level_makes_the_same_integers(level, portable_integers, monkeypatch):
     if level == level_in_use():
         found = integers_of(torch.ops.prequant, monkeypatch)
@@ -146,6 +154,7 @@ def test_every_level_makes_the_same_integers(level, portable_integers, monkeypat
     assert found == {name: value for name, value in portable_integers.items() if name != "level"}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("variant", EMULATED_LEVELS)
 def test_the_emulated_level_makes_the_integers_of_the_real_one(variant, portable_integers, monkeypatch):
     if variant not in cpu_variants.real_levels():

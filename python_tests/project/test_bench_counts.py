@@ -70,6 +70,7 @@ def test_it_counts_a_toy_layer(tmp_path, monkeypatch):
     assert 0.5 < found["linear_w4a8 M=1"] < found["linear_w4a8 M=8"] < 200
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_it_disassembles_avx512(tmp_path):
     if shutil.which("objdump") is None or "avx512" not in counts.LEVELS:

@@ -78,11 +78,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_wheel_is_abi3(wheel):
     assert re.fullmatch(r"prequant_ext-0\.1\.0-cp310-abi3-linux_\w+\.whl", wheel.name)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_wheel_holds_the_library_and_no_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
@@ -94,6 +96,7 @@ def test_wheel_holds_the_library_and_no_tests(wheel):
     assert any(name.endswith("LICENSE") for name in names)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_library_asks_for_nothing_but_libtorch_and_the_c_library(wheel, tmp_path):
     """No libtorch_python, no libtorch_cuda, no libpython: that is what lets one wheel serve them all."""
@@ -115,6 +118,7 @@ def test_library_asks_for_nothing_but_libtorch_and_the_c_library(wheel, tmp_path
     assert needed <= allowed, needed - allowed
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_installed_wheel_runs_an_operator_outside_the_tree(wheel, tmp_path):
     """In an empty environment. Its dependencies come from this one through a .pth file, so that torch is neither

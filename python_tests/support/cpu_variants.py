@@ -67,6 +67,11 @@ def _cpu_flags() -> set[str]:
     return set(path.read_text().split()) if path.exists() else set()
 
 
+def runs_here(level: str) -> bool:
+    """Whether this CPU has the instructions of a level of csrc/cpu/isa."""
+    return _CPU_FLAG.get(level) in (None, *_cpu_flags())
+
+
 @functools.cache
 def gap(variant: str) -> str | None:
     """Why this machine cannot run it, or None."""
@@ -110,8 +115,7 @@ def _build_file() -> str:
         if variant.emulated_level is None:
             for source in sorted((CSRC / "cpu" / "isa").glob("*.cpp")):
                 # instrumented code takes minutes to compile
-                will_run = _CPU_FLAG.get(source.stem) in (None, *_cpu_flags())
-                objects.append(file.compile(source, name, sanitize if will_run else "-O1"))
+                objects.append(file.compile(source, name, sanitize if runs_here(source.stem) else "-O1"))
         else:
             level = f"-DPREQUANT_EMULATED_ISA={variant.emulated_level}"
             objects.append(
