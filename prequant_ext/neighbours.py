@@ -44,6 +44,12 @@ NEIGHBOURS = {  # by the name of the module, as the extras of pyproject.toml hav
     "fastapi": Neighbour("serve", ">=0.165"),
     "uvicorn": Neighbour("serve"),
 }
+
+
+class NeighbourError(ImportError):
+    """A door cannot use a neighbour: another version is installed, or none."""
+
+
 _failed: dict[str, str] = {}  # module -> why it does not import, although its version is one that works
 
 
@@ -84,10 +90,10 @@ def need(module: str, door: str, wrong: str) -> str:
 
 
 def require(module: str, door: str) -> None:
-    """Raises ImportError where ``door`` cannot use the neighbour: which versions it needs, which one is there."""
+    """Raises NeighbourError where ``door`` cannot use the neighbour: which versions it needs, which one is there."""
     wrong = misfit(module, installed_version(module)) or failure(module)
     if wrong is not None:
-        raise ImportError(need(module, door, wrong))
+        raise NeighbourError(need(module, door, wrong))
 
 
 def open_if_installed(module: str, door: str, *rooms: str) -> None:

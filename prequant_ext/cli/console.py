@@ -8,6 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from prequant_ext import neighbours
+
+WRONG_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError)
 OK, FAILED, REFUSED = 0, 1, 2  # 2: the command or what it was given cannot be used; 1: something broke on the way
 
 
@@ -49,7 +52,13 @@ def exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         say("interrupted")
         raise typer.Exit(FAILED) from None
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+    except ModuleNotFoundError as error:
+        module = (error.name or "").split(".")[0]
+        if module not in neighbours.NEIGHBOURS:
+            raise
+        say(f"error: {neighbours.need(module, 'this command', str(neighbours.misfit(module, None)))}")
+        raise typer.Exit(REFUSED) from error
+    except (neighbours.NeighbourError, ValueError, TypeError, *WRONG_PATHS) as error:
         say(f"error: {error}")
         raise typer.Exit(REFUSED) from error
     except OSError as error:  # a full disk, no permission
@@ -61,6 +70,7 @@ def quiet_libraries() -> None:
     """No progress bars where standard error is no terminal, and no reports of what transformers finds normal but
     strange (a head that starts fresh).
     """
+    neighbours.require("transformers", "this command")
     from transformers.utils import logging
 
     logging.set_verbosity_error()

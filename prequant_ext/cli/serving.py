@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from prequant_ext import neighbours
 from prequant_ext.cli.app import app
 from prequant_ext.cli.console import FAILED, exit_codes, quiet_libraries, say, show, show_json
 from prequant_ext.cli.options import AsJson
-
-EXTRA = ("fastapi", "starlette", "pydantic", "uvicorn")
 
 
 @app.command(epilog="Example: prequant serve base --tasks tasks/sst2.task tasks/mrpc.task --task-dir tasks")
@@ -51,15 +50,10 @@ def serve(
     """
     with exit_codes():
         quiet_libraries()
-        try:
-            from prequant_ext.serve import server
-            from prequant_ext.serve.app import create_app
-        except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] not in EXTRA:
-                raise
-            raise ValueError(
-                f"prequant serve needs {error.name}, which is not installed: pip install 'prequant_ext[serve]'"
-            ) from error
+        neighbours.require("fastapi", "prequant serve")
+        neighbours.require("uvicorn", "prequant serve")
+        from prequant_ext.serve import server
+        from prequant_ext.serve.app import create_app
         from prequant_ext.serve.backbone import load
         from prequant_ext.serve.settings import Settings
 
