@@ -3,10 +3,13 @@ torch.compile, gradient scaling.
 """
 
 import math
+import os
+from unittest import mock
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -92,8 +95,18 @@ def test_trainers_own_gradient_checkpointing(use_reentrant, tmp_path):
     torch.testing.assert_close(trained(checkpointed.model), trained(plain.model), rtol=1e-3, atol=1e-5)
 
 
+@pytest.fixture
+def accelerate_of_its_own():
+    """TrainingArguments tell accelerate through the environment what to compile, and it remembers that for the whole
+    process: the tests that follow would compile, too.
+    """
+    with mock.patch.dict(os.environ):
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_trainer_compiles(backend, tmp_path):
+def test_trainer_compiles(backend, tmp_path, accelerate_of_its_own):
     runs = [
         trainer(quantized_bert(), tmp_path),
         trainer(quantized_bert(), tmp_path, torch_compile=True, torch_compile_backend=backend),
