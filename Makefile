@@ -85,16 +85,16 @@ demo: $(VENV)/.built
 	@echo "== demo$(if $(DATA), on $(DATA))"
 	@$(BIN)/python -m prequant_ext.cli.demo $(if $(DATA),--data-dir $(DATA))
 
+RUN_TESTS = $(if $(DATA),PREQUANT_DATA_DIR=$(abspath $(DATA))) $(BIN)/python -m pytest -q -n $(TEST_JOBS)
 # A process that has no tests left takes over half of those that wait for another: no file is too long for one of them.
-RUN_TESTS = $(if $(DATA),PREQUANT_DATA_DIR=$(abspath $(DATA))) \
-    $(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist worksteal
 test: $(VENV)/.built
 	@echo "== tests, but those of make test-all and make gate"
-	@$(RUN_TESTS) -m 'not gate and not exhaustive' $(PYTEST)
+	@$(RUN_TESTS) --dist worksteal -m 'not gate and not exhaustive' $(PYTEST)
 
+# By file, so that the wheel and what the levels are compared with are made by one process alone.
 test-all: $(VENV)/.built
 	@echo "== the exhaustive tests, which make test leaves out"
-	@$(RUN_TESTS) -m 'exhaustive and not gate' $(PYTEST)
+	@$(RUN_TESTS) --dist loadfile -m 'exhaustive and not gate' $(PYTEST)
 
 gate: $(VENV)/.built
 	@echo "== gate: the CUDA kernels for every architecture, without a GPU$(if $(NVCC),,; skipped: nvcc is not installed)"
