@@ -11,8 +11,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from prequant_ext import cli
 from prequant_ext.cli import demo
+from prequant_ext.cli.commands import app
 from prequant_ext.glue.tasks import DATA_DIR_VARIABLE, TASKS, load_rows
 from support.tiny_checkpoint import save_float_model
 
@@ -29,7 +29,7 @@ def data(tmp_path):
 
 def prequant_here(*arguments, as_json=True):
     """What the process that demo.prequant starts does, in this one."""
-    done = CliRunner().invoke(cli.app, [*arguments, *(["--json"] if as_json else [])], catch_exceptions=False)
+    done = CliRunner().invoke(app, [*arguments, *(["--json"] if as_json else [])], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     if as_json:
         return json.loads(done.stdout)
