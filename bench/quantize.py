@@ -53,7 +53,7 @@ def encoder(layers: int, hidden: int) -> list[Tensor]:
 
 
 def resident_now() -> int | None:
-    """Bytes that are held, the peak starting anew from here; None where the system does not let it. What was freed is
+    """Bytes that are held; the peak starts again from here. None where the system does not let it. What was freed is
     given back before: a later allocation that used it again would not be seen.
     """
     try:

@@ -1,8 +1,8 @@
 """Tasks of one model: the base and its codes once, and for every task the values of its outlier weights and its head.
 
 One task is live: its values stand in the model's own parameters. The others are kept beside, and switching copies into
-storage that stays where it is: nothing is compiled anew, and no optimizer, CUDA graph or view loses its tensor. None is
-the base, with the values that the model had when its first task was added.
+storage that stays where it is: nothing is compiled again, and no optimizer, CUDA graph or view loses its tensor. None
+is the base, with the values that the model had when its first task was added.
 
 Under FSDP2 a rank keeps its share of every task, and all ranks call these functions together.
 """
@@ -138,7 +138,7 @@ def _put(model: nn.Module, tasks: _Tasks, name: str, values: Mapping[str, Tensor
 def set_task(model: nn.Module, name: str | None) -> None:
     """Make ``name`` the live task; the values of the one that is left are stored first. None: the base.
 
-    Copies in place: no parameter is replaced, nothing is allocated or compiled anew. Raises ValueError for an unknown
+    Copies in place: no parameter is replaced, nothing is allocated or compiled again. Raises ValueError for an unknown
     name.
     """
     tasks = _tasks_of(model)

@@ -131,7 +131,7 @@ def test_generate_compiles_a_static_cache_whole():
     settings = CompileConfig(backend=backend, mode=None, fullgraph=True)
     settings._compile_all_devices = True
     sequences, _ = generate(model, cache_implementation="static", compile_config=settings)
-    assert len(graphs) == 1  # none anew as the cache fills
+    assert len(graphs) == 1  # and no other as the cache fills
     assert any("linear_w4a16" in str(node.target) for node in graphs[0].graph.nodes)
     assert torch.equal(sequences, generate(model)[0])
 
