@@ -57,7 +57,7 @@ def _least_squares(values: Tensor, codes: Tensor, alpha: Tensor) -> Tensor:
 
 
 class _SumOfSigns(torch.autograd.Function):
-    """W (N, K) of alpha and codes. The backward pass makes the signs again: they would be ``bits`` float copies of
+    """W (N, K) of alpha and codes. The backward pass makes the signs again. Kept, they would be ``bits`` copies of
     the matrix.
     """
 
